@@ -1,0 +1,102 @@
+"""What a layer puts out at init, measured: many draws of its weights, one pass each."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from initlab.init import Scheme, initialize_
+from initlab.moments import Drawn
+from initlab.patches import as_conv, count_patches
+
+BLOCK = 2**19  # outputs computed at a time: 2 MB in float32, about what a core's cache holds
+
+
+def draw(
+    x: Tensor,
+    conv: nn.Conv2d | nn.Linear,
+    scheme: Scheme,
+    a: float = 0.0,
+    bias: Literal["default", "zeros"] = "default",
+    n: int = 1000,
+    generator: Generator | None = None,
+) -> Drawn:
+    """Initialise `conv` anew `n` times and measure `conv(x)` each time, for every slope at once.
+
+    A draw is what `initialize_(conv, scheme, a, bias=bias, generator=generator)` makes of the
+    layer; `conv` itself is left as it is. Memory does not grow with `n`, but for the result.
+
+    Args:
+        x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
+        conv: The layer; zero padding only.
+        scheme: As in `initialize_`.
+        a: Negative slope that the Kaiming schemes assume.
+        bias: "default" draws it anew each time, "zeros" leaves it out.
+        n: Number of draws.
+        generator: Source of the random numbers; by default torch's global one.
+
+    Raises:
+        ValueError: `n` < 1; unknown scheme or bias; `a` not finite; `x` empty, not finite, of
+            another number of channels or smaller than the kernel; padding by anything but zeros.
+        TypeError: `conv` is neither Conv2d nor Linear; `x` not floating-point.
+
+    Example:
+        >>> import torch
+        >>> from initlab import draw, predict
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x, conv = torch.randn(8, 1, 12, 12, generator=g), torch.nn.Conv2d(1, 4, 3)
+        >>> drawn = draw(x, conv, "default", n=500, generator=g).at(0.0)
+        >>> predicted = predict(x, conv, "default").at(0.0)
+        >>> tuple(drawn.rms.shape), abs(drawn.mean.mean() - predicted.mean).item() < 0.02
+        ((500,), True)
+    """
+    if n < 1:
+        raise ValueError(f"the number of draws n must be 1 or more, got {n}")
+    x, conv = as_conv(x, conv, bias)
+    groups = conv.groups
+    count = count_patches(x, conv) * conv.out_channels  # outputs of one draw
+    at_once = max(1, min(n, 32, BLOCK * len(x) // count))
+    pictures = max(1, BLOCK * len(x) // (count * at_once))
+    halves = torch.empty(n, 4, dtype=torch.float64)
+    # A bar only for what takes longer than two seconds
+    with torch.no_grad(), tqdm(total=n, desc=f"draw {scheme}", unit="draw", delay=2) as bar:
+        for rows in halves.split(at_once):
+            weights, biases = [], []
+            for _ in rows:
+                initialize_(conv, scheme, a=a, bias=bias, generator=generator)
+                weights.append(conv.weight.clone())
+                biases.append(
+                    torch.zeros(len(conv.weight)) if conv.bias is None else conv.bias.clone()
+                )
+            wide_weight, wide_bias = (
+                _side_by_side(t, groups).to(x.dtype) for t in (weights, biases)
+            )
+            sums = torch.zeros(4, len(rows), dtype=torch.float64)
+            for part in x.split(pictures):
+                y = F.conv2d(part, wide_weight, wide_bias, conv.stride, 0, conv.dilation, groups)
+                sums += _half_sums(y.reshape(len(part), groups, len(rows), -1))
+            rows.copy_(sums.T / count)
+            bar.update(len(rows))
+    return Drawn(halves, count)
+
+
+def _side_by_side(draws: list[Tensor], groups: int) -> Tensor:
+    """Make k draws (out_channels, ...) one wide layer (k * out_channels, ...), group by group."""
+    return torch.stack(draws).unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _half_sums(y: Tensor) -> Tensor:
+    """Return the sums (4, k) of y+, y-, y+^2, y-^2 of the outputs y (pictures, groups, k, rest).
+
+    Overwrites y. Blocks are summed in the data's type, and over blocks in float64.
+    """
+
+    def sums(v: Tensor) -> tuple[Tensor, Tensor]:
+        norm = torch.linalg.vector_norm(v, dim=3).double()
+        return v.sum(3).double().sum((0, 1)), norm.square().sum((0, 1))
+
+    mean, square = sums(y)
+    mean_above, square_above = sums(y.clamp_min_(0))
+    return torch.stack([mean_above, mean - mean_above, square_above, square - square_above])

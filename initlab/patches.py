@@ -1,0 +1,69 @@
+"""The patches of a batch: the numbers that one output of a layer is computed from."""
+
+import math
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from initlab.init import fans
+
+
+def as_conv(x: Tensor, conv: nn.Module, bias: str) -> tuple[Tensor, nn.Conv2d]:
+    """Check the arguments; return x zero-padded, and a Conv2d without padding, of its own values.
+
+    A Linear becomes the 1x1 convolution that it is, over pictures of one pixel.
+    """
+    if bias not in ("default", "zeros"):
+        raise ValueError(f"unknown bias {bias!r}; known are default, zeros")
+    if not isinstance(conv, nn.Conv2d | nn.Linear):
+        raise TypeError(f"needs a Conv2d or a Linear, got {type(conv).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating-point, got {x.dtype}")
+    if isinstance(conv, nn.Linear):
+        channels, kernel, options = conv.in_features, (1, 1), {}
+        expected, shape = f"(N, {channels})", x.shape
+        fits = x.dim() == 2
+        x = x[:, :, None, None] if fits else x
+    else:
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"only zero padding is covered, got {conv.padding_mode!r}")
+        channels, kernel = conv.in_channels, conv.kernel_size
+        options = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+        expected, shape = f"(N, {channels}, H, W)", x.shape
+        fits = x.dim() == 4
+    if not fits or x.shape[1] != channels or x.numel() == 0:
+        raise ValueError(f"x must have shape {expected} and not be empty, got {tuple(shape)}")
+    if not x.isfinite().all():
+        raise ValueError("x has values that are nan or infinite")
+    if isinstance(conv, nn.Conv2d):
+        x = F.pad(x, conv._reversed_padding_repeated_twice)  # "same" and numbers alike
+    plain = nn.utils.skip_init(
+        nn.Conv2d,
+        channels,
+        conv.weight.shape[0],
+        kernel,
+        bias=conv.bias is not None,
+        dtype=conv.weight.dtype,
+        **options,
+    )
+    if any(d * (k - 1) >= s for d, k, s in zip(plain.dilation, kernel, x.shape[2:], strict=True)):
+        size = tuple(x.shape[2:])
+        raise ValueError(f"the kernel {kernel} is larger than the padded picture {size}")
+    return x.detach(), plain
+
+
+def count_patches(x: Tensor, conv: nn.Conv2d) -> int:
+    """Return the number of patches of the padded batch x, over all pictures."""
+    spans = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    return x.shape[0] * math.prod((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in spans)
+
+
+def patches(x: Tensor, conv: nn.Conv2d) -> Iterator[Tensor]:
+    """Yield the patches of x in float64, shape (groups, n, patches), few enough to fit in 32 MB."""
+    groups, n = conv.groups, fans(conv.weight)[0]
+    per_picture = groups * n * count_patches(x, conv) // len(x)
+    for part in x.split(max(1, 2**22 // per_picture)):
+        p = F.unfold(part, conv.kernel_size, conv.dilation, stride=conv.stride)
+        p = p.unflatten(1, (groups, n)).permute(1, 2, 0, 3)  # (groups, n, pictures, positions)
+        yield p.double().flatten(2)
