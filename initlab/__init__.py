@@ -1,5 +1,6 @@
 """Helpers of the notebooks on PyTorch's default initialisation of convolutions."""
 
+from initlab.data import MNISTSplits, load_mnist
 from initlab.draw import draw
 from initlab.init import fans, gain, initialize_
 from initlab.moments import Drawn, Moments, Predicted
@@ -8,6 +9,7 @@ from initlab.stats import Stats, stats
 
 __all__ = [
     "Drawn",
+    "MNISTSplits",
     "Moments",
     "Predicted",
     "Stats",
@@ -15,6 +17,7 @@ __all__ = [
     "fans",
     "gain",
     "initialize_",
+    "load_mnist",
     "predict",
     "stats",
 ]

@@ -1,0 +1,48 @@
+"""Hold the stored figures too: nbval by itself compares all of a notebook but its pictures."""
+
+import base64
+import functools
+import io
+import os
+
+import numpy as np
+from matplotlib.image import imread
+from nbval.plugin import IPyNbCell
+
+os.environ["TQDM_DISABLE"] = "1"  # progress bars are not part of an output
+
+# Root mean square difference of all pixel values, of 255. The same code on another processor or
+# number of threads moves a line by a small fraction of a pixel, a changed number moves it whole.
+FIGURE_TOLERANCE = 1.0
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if isinstance(item, IPyNbCell):
+            item.compare_outputs = functools.partial(_compare, item, item.compare_outputs)
+
+
+def _compare(cell, compare_text, new, stored):
+    return compare_text(new, stored) and _compare_figures(cell, _pngs(new), _pngs(stored))
+
+
+def _pngs(outputs):
+    return [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+
+
+def figure_difference(new, stored):
+    """Return the RMS difference of two base64 PNGs, of 255; inf if their sizes differ."""
+    a, b = (255 * imread(io.BytesIO(base64.b64decode(png))) for png in (new, stored))
+    return float(np.sqrt(np.mean((a - b) ** 2))) if a.shape == b.shape else float("inf")
+
+
+def _compare_figures(cell, new, stored):
+    for number, pair in enumerate(zip(new, stored, strict=True), 1):
+        difference = figure_difference(*pair)
+        if difference > FIGURE_TOLERANCE:
+            cell.comparison_traceback.append(
+                f"figure {number} of the cell differs from the stored one: RMS {difference:.2f} "
+                f"of 255, allowed {FIGURE_TOLERANCE}"
+            )
+            return False
+    return True

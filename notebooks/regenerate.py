@@ -1,0 +1,68 @@
+"""Execute the notebooks anew, in clean kernels, and store their outputs and pictures.
+
+    python notebooks/regenerate.py            all of them
+    python notebooks/regenerate.py 02 04      those whose names begin so
+
+A figure cell tagged `imgs/NAME.png` also becomes that file.
+"""
+
+import base64
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+
+
+def execute(path: Path, replace: dict[str, str] | None = None) -> nbformat.NotebookNode:
+    """Run a notebook in a clean kernel and return it; `replace` maps old source text to new."""
+    notebook = nbformat.read(path, as_version=4)
+    for old, new in (replace or {}).items():
+        cells = [cell for cell in notebook.cells if old in cell.source]
+        if len(cells) != 1:
+            raise ValueError(f"{path.name}: {old!r} stands in {len(cells)} cells, not in one")
+        cells[0].source = cells[0].source.replace(old, new)
+    os.environ["TQDM_DISABLE"] = "1"  # progress bars are not part of an output
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(HERE)}},
+    )
+    return client.execute()
+
+
+def pictures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
+    """Return the figures that also stand under imgs/, by file name, as PNG bytes."""
+    found = {}
+    for cell in notebook.cells:
+        for tag in cell.metadata.get("tags", []):
+            if tag.startswith("imgs/"):
+                (png,) = (o.data["image/png"] for o in cell.outputs if "image/png" in o.data)
+                found[tag.removeprefix("imgs/")] = base64.b64decode(png)
+    return found
+
+
+def main(prefixes: list[str]) -> None:
+    """Regenerate the notebooks whose names begin with one of `prefixes`; without any, all."""
+    for path in sorted(HERE.glob("[0-9]*.ipynb")):
+        if prefixes and not path.name.startswith(tuple(prefixes)):
+            continue
+        print(path.name, flush=True)
+        notebook = execute(path)
+        # What varies from machine to machine and tells a reader nothing
+        notebook.metadata = {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+        nbformat.write(notebook, path)
+        for name, png in pictures(notebook).items():
+            (HERE.parent / "imgs" / name).write_bytes(png)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,29 @@
+"""Run all checks: style, unit tests, examples, notebooks; then the notebooks on another setting.
+
+python tests/run.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope"]
+
+CHECKS = [
+    ([sys.executable, "-m", "ruff", "check"], {}),
+    ([sys.executable, "-m", "ruff", "format", "--check"], {}),
+    (PYTEST, {"OMP_NUM_THREADS": "2"}),
+    # The stored outputs must not depend on the number of threads nor on the vector instructions
+    (
+        [*PYTEST, "notebooks"],
+        {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    ),
+]
+
+for command, setting in CHECKS:
+    print("$", *(f"{key}={value}" for key, value in setting.items()), *command[1:], flush=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | setting, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
