@@ -90,6 +90,11 @@ class Predicted:
             sd_of_root(to_square, square),
         )
 
+    def scaled(self, factor: float) -> "Predicted":
+        """Return what weights and bias `factor` > 0 times as large give."""
+        scale = _scale(factor)
+        return Predicted(self.halves * scale, self.covariance * scale.outer(scale), self.count)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -117,6 +122,10 @@ class Drawn:
         many = len(self.halves) > 1
         return Moments(*values, *(v.std().item() if many else math.nan for v in values))
 
+    def scaled(self, factor: float) -> "Drawn":
+        """Return what weights and bias `factor` > 0 times as large give."""
+        return Drawn(self.halves * _scale(factor), self.count)
+
 
 def _slope_vectors(slope: float) -> tuple[Tensor, Tensor]:
     """Return the vectors (4,) that turn half-moments into the mean and mean square at `slope`."""
@@ -124,3 +133,10 @@ def _slope_vectors(slope: float) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the slope of the activation must be finite, got {slope}")
     vectors = torch.tensor([[1.0, slope, 0.0, 0.0], [0.0, 0.0, 1.0, slope**2]], dtype=torch.float64)
     return vectors[0], vectors[1]
+
+
+def _scale(factor: float) -> Tensor:
+    """Return the factors of the half-moments of `factor` times y."""
+    if not 0 < factor < math.inf:
+        raise ValueError(f"the factor must be positive and finite, got {factor}")
+    return torch.tensor([factor, factor, factor**2, factor**2], dtype=torch.float64)

@@ -1,0 +1,160 @@
+"""Stacks of convolutions, and a short loop to train them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class Residual(nn.Sequential):
+    """A sequence of layers whose output is added to its input, `x + branch(x)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def conv_stack(
+    depth: int,
+    channels: int = 32,
+    *,
+    negative_slope: float = 0.0,
+    batchnorm: bool = False,
+    residual: bool = False,
+    downsample: int = 0,
+    classes: int | None = None,
+    pooled: int = 1,
+) -> nn.Sequential:
+    """Stacks `depth` 3x3 convolutions with padding 1, a (leaky) ReLU after each.
+
+    Maps `(n, 1, h, w)` to `(n, channels, h, w)`. All layers keep PyTorch's default init.
+
+    Args:
+        depth: Number of convolutions.
+        channels: Filters of each.
+        negative_slope: Slope of the activation below 0; 0 gives `nn.ReLU`.
+        batchnorm: Puts `nn.BatchNorm2d` after each convolution.
+        residual: Turns each pair of convolutions after the strided ones, or after the first if
+            none is, into a `Residual` of convolution, activation, convolution. Nothing follows
+            the sum, as in He et al. 2016, arXiv 1603.05027.
+        downsample: How many of the first convolutions have stride 2.
+        classes: Ends in average pooling and `nn.Linear`: output `(n, classes)`.
+        pooled: Height and width left by that pooling.
+
+    Raises:
+        ValueError: If not 1 <= depth and 0 <= downsample <= depth, or if the convolutions left
+            for residual blocks do not pair.
+
+    Example:
+        >>> model = conv_stack(2, channels=8, downsample=1, classes=10)
+        >>> " ".join(type(layer).__name__ for layer in model)
+        'Conv2d ReLU Conv2d ReLU AdaptiveAvgPool2d Flatten Linear'
+        >>> model(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 10])
+    """
+    if depth < 1 or not 0 <= downsample <= depth:
+        raise ValueError(f"need depth >= 1 and 0 <= downsample <= depth, got {depth}, {downsample}")
+    stem = max(downsample, 1) if residual else depth
+    if (depth - stem) % 2:
+        raise ValueError(f"{depth - stem} convolutions after the first {stem} do not pair")
+
+    def conv(index: int) -> list[nn.Module]:
+        stride = 2 if index < downsample else 1
+        layer = nn.Conv2d(channels if index else 1, channels, 3, stride, padding=1)
+        return [layer, nn.BatchNorm2d(channels)] if batchnorm else [layer]
+
+    def act() -> nn.Module:
+        return nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
+
+    layers = [layer for index in range(stem) for layer in (*conv(index), act())]
+    for index in range(stem, depth, 2):
+        layers.append(Residual(*conv(index), act(), *conv(index + 1)))
+    if classes is not None:
+        head = nn.Linear(channels * pooled**2, classes)
+        layers += [nn.AdaptiveAvgPool2d(pooled), nn.Flatten(), head]
+    return nn.Sequential(*layers)
+
+
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+    progress: str | None = None,
+) -> list[float]:
+    """Trains the model, in training mode, and returns the cross-entropy before each step.
+
+    `x` is `(n, ...)`, `y` `(n,)` int64, the model's output logits `(batch_size, classes)`. All
+    batches are drawn first, with replacement, so that generators seeded alike give the same
+    batches and end alike, even if a run diverges: a loss that is not finite is the last to be
+    computed, and the ones after it are `nan`. `progress` labels a progress bar; None, or
+    `TQDM_DISABLE=1` in the environment when tqdm is imported, shows none.
+
+    Raises:
+        ValueError: If `x` and `y` differ in length.
+
+    Example:
+        >>> model, x = nn.Linear(1, 2), torch.linspace(-1, 1, 20)[:, None]
+        >>> y, _ = (x[:, 0] > 0).long(), nn.init.zeros_(model.weight)
+        >>> sgd, g = torch.optim.SGD(model.parameters(), lr=1.0), torch.Generator().manual_seed(0)
+        >>> losses = fit(model, x, y, optimizer=sgd, steps=50, batch_size=9, generator=g)
+        >>> len(losses), losses[-1] < losses[0], accuracy(model, x, y) > 0.8
+        (50, True, True)
+    """
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} inputs but {len(y)} labels")
+    batches = torch.randint(len(x), (steps, batch_size), generator=generator)
+    losses = [float("nan")] * steps
+    with _mode(model, training=True):
+        # No explicit `disable`: it would override the environment variable.
+        for step, batch in enumerate(batches if progress is None else tqdm(batches, progress)):
+            loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+            losses[step] = loss.item()
+            if not loss.isfinite():
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return losses
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
+    """Returns the fraction of inputs whose largest logit is the one of their label.
+
+    `x` is `(n, ...)`, `y` `(n,)`. The model runs in evaluation mode and is put back in its own.
+    Logits that hold a `nan` are a wrong answer.
+
+    Raises:
+        ValueError: If `x` and `y` differ in length.
+
+    Example:
+        >>> accuracy(nn.Identity(), torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+        0.5
+    """
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} inputs but {len(y)} labels")
+    right = 0
+    with _mode(model, training=False):
+        for start in range(0, len(x), batch_size):
+            logits, labels = model(x[start : start + batch_size]), y[start : start + batch_size]
+            # argmax alone would take a nan for the largest, and find class 0 at chance.
+            right += int(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum())
+    return right / len(x)
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    # Module by module: a model in training mode may hold a BatchNorm put in evaluation mode.
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode

@@ -1,0 +1,109 @@
+"""`stats` against torch in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from initlab import Stats, stats
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+EPS = torch.finfo(torch.float64).eps
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def assert_equals_torch(x):
+    wide = x.detach().to(torch.float64)
+    # A sum of n terms is off by no more than n roundings, whichever order they are added in
+    off = wide.numel() * EPS
+    size = wide.abs().mean().item()
+    s = stats(x)
+    assert s.mean == pytest.approx(wide.mean().item(), rel=0, abs=off * size)
+    assert s.std == pytest.approx(torch.std(wide, unbiased=True).item(), rel=off)
+    assert s.rms == pytest.approx(wide.norm().item() / math.sqrt(wide.numel()), rel=off)
+    assert all(type(value) is float for value in s)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1000,), (4, 3, 5, 5), (2, 1)])
+def test_equals_torch(dtype, shape):
+    assert_equals_torch(3 * normal(*shape, dtype=dtype) + 1)
+
+
+def test_sums_in_float64():
+    # In float32, the roundings of the squares alone are as large as the spread
+    assert_equals_torch(normal(10_000) + 10_000)
+    # In float16, the sum of the squares, and every square, overflow
+    assert_equals_torch(300 * normal(10_000, dtype=torch.float16) + 300)
+
+
+def test_of_views():
+    x = normal(6, 4, 5)
+    assert_equals_torch(x.transpose(0, 2)[::2])
+    assert_equals_torch(x[:, :1].expand(6, 4, 5))
+
+
+def test_ties_mean_std_and_rms():
+    x = normal(7) + 0.5
+    mean, std, rms = stats(x)
+    assert rms**2 == pytest.approx(mean**2 + std**2 * 6 / 7, rel=20 * EPS)
+
+
+def test_prints_four_decimals():
+    assert repr(Stats(1.23456, 0.00004, 100.0)) == "mean 1.2346, std 0.0000, rms 100.0000"
+    assert repr(Stats(-1.5, 2.0, 2.5)) == "mean -1.5000, std 2.0000, rms 2.5000"
+
+
+@pytest.mark.parametrize("mean", [-0.0, -1e-9, -0.00004])
+def test_prints_no_negative_zero(mean):
+    assert repr(Stats(mean, 1.0, 1.0)) == "mean 0.0000, std 1.0000, rms 1.0000"
+
+
+def test_works_on_parameters_and_graphs():
+    weight = nn.Parameter(normal(4, 5))
+    assert_equals_torch(weight)
+    assert_equals_torch(weight.exp())
+    assert weight.grad is None
+
+
+def test_leaves_the_tensor_alone():
+    x = normal(9, dtype=torch.float64)
+    before = x.clone()
+    stats(x)
+    assert torch.equal(x, before)
+
+
+def test_single_element_has_no_std():
+    mean, std, rms = stats(torch.tensor(-3.0))
+    assert (mean, rms) == (-3.0, 3.0)
+    assert math.isnan(std)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
+def test_refuses_empty(shape):
+    with pytest.raises(ValueError, match=r"empty tensor, shape \(.*0"):
+        stats(torch.empty(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_refuses_other_types(dtype):
+    with pytest.raises(TypeError, match=str(dtype)):
+        stats(torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], 1.0, None])
+def test_refuses_what_is_no_tensor(x):
+    with pytest.raises(TypeError, match=rf"needs a tensor, got {type(x).__name__}"):
+        stats(x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]])
+def test_refuses_what_is_not_finite(dtype, bad):
+    x = torch.tensor([1.0, 2.0, *bad], dtype=dtype)
+    with pytest.raises(ValueError, match=f"{len(bad)} of {len(x)} are nan or infinite"):
+        stats(x)
