@@ -6,18 +6,26 @@ from initlab.init import fans, gain, initialize_
 from initlab.moments import Drawn, Moments, Predicted
 from initlab.predict import predict
 from initlab.stats import Stats, stats
+from initlab.trace import LayerTrace, Trace, trace
+from initlab.train import accuracy, conv_stack, fit
 
 __all__ = [
     "Drawn",
+    "LayerTrace",
     "MNISTSplits",
     "Moments",
     "Predicted",
     "Stats",
+    "Trace",
+    "accuracy",
+    "conv_stack",
     "draw",
     "fans",
+    "fit",
     "gain",
     "initialize_",
     "load_mnist",
     "predict",
     "stats",
+    "trace",
 ]

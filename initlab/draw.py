@@ -3,15 +3,14 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from initlab.init import Scheme, initialize_
 from initlab.moments import Drawn
-from initlab.patches import as_conv, count_patches
+from initlab.patches import as_conv, count_patches, patches
 
-BLOCK = 2**19  # outputs computed at a time: 2 MB in float32, about what a core's cache holds
+BLOCK = 2**20  # outputs computed at a time: 4 MB in float32
 
 
 def draw(
@@ -55,47 +54,47 @@ def draw(
     if n < 1:
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
     x, conv = as_conv(x, conv, bias)
-    groups = conv.groups
-    count = count_patches(x, conv) * conv.out_channels  # outputs of one draw
-    at_once = max(1, min(n, 32, BLOCK * len(x) // count))
-    pictures = max(1, BLOCK * len(x) // (count * at_once))
+    groups, count = conv.groups, count_patches(x, conv) * conv.out_channels
+    at_once = max(1, min(n, 32, BLOCK // conv.out_channels))
+    columns = max(1, BLOCK // (at_once * conv.out_channels))
+    # One buffer for all outputs: fresh memory for each costs as much time as computing them
+    buffer = x.new_empty(at_once * conv.out_channels * columns)
     halves = torch.empty(n, 4, dtype=torch.float64)
     # A bar only for what takes longer than two seconds
     with torch.no_grad(), tqdm(total=n, desc=f"draw {scheme}", unit="draw", delay=2) as bar:
         for rows in halves.split(at_once):
-            weights, biases = [], []
-            for _ in rows:
+            k, weights, biases = len(rows), [], []
+            for _ in range(k):
                 initialize_(conv, scheme, a=a, bias=bias, generator=generator)
-                weights.append(conv.weight.clone())
-                biases.append(
-                    torch.zeros(len(conv.weight)) if conv.bias is None else conv.bias.clone()
-                )
-            wide_weight, wide_bias = (
-                _side_by_side(t, groups).to(x.dtype) for t in (weights, biases)
-            )
-            sums = torch.zeros(4, len(rows), dtype=torch.float64)
-            for part in x.split(pictures):
-                y = F.conv2d(part, wide_weight, wide_bias, conv.stride, 0, conv.dilation, groups)
-                sums += _half_sums(y.reshape(len(part), groups, len(rows), -1))
+                weights.append(conv.weight.flatten(1).clone())
+                zeros = torch.zeros(conv.out_channels)
+                biases.append(zeros if conv.bias is None else conv.bias.clone())
+            weight, shift = (_by_group(t, groups).to(x.dtype) for t in (weights, biases))
+            sums = torch.zeros(4, k, dtype=torch.float64)
+            for part in patches(x, conv):
+                for p in part.split(columns, 2):
+                    y = buffer[: k * conv.out_channels * p.shape[2]].view(groups, -1, p.shape[2])
+                    torch.baddbmm(shift[:, :, None], weight, p, out=y)
+                    sums += _half_sums(y.view(groups, k, -1))
             rows.copy_(sums.T / count)
-            bar.update(len(rows))
+            bar.update(k)
     return Drawn(halves, count)
 
 
-def _side_by_side(draws: list[Tensor], groups: int) -> Tensor:
-    """Make k draws (out_channels, ...) one wide layer (k * out_channels, ...), group by group."""
-    return torch.stack(draws).unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
+def _by_group(draws: list[Tensor], groups: int) -> Tensor:
+    """Make k draws (out_channels, ...) one wide layer (groups, k * out_channels / groups, ...)."""
+    return torch.stack(draws).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _half_sums(y: Tensor) -> Tensor:
-    """Return the sums (4, k) of y+, y-, y+^2, y-^2 of the outputs y (pictures, groups, k, rest).
+    """Return the sums (4, k) of y+, y-, y+^2, y-^2 of the outputs y (groups, k, rest).
 
     Overwrites y. Blocks are summed in the data's type, and over blocks in float64.
     """
 
     def sums(v: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.linalg.vector_norm(v, dim=3).double()
-        return v.sum(3).double().sum((0, 1)), norm.square().sum((0, 1))
+        norm = torch.linalg.vector_norm(v, dim=2).double()
+        return v.sum(2).double().sum(0), norm.square().sum(0)
 
     mean, square = sums(y)
     mean_above, square_above = sums(y.clamp_min_(0))

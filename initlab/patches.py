@@ -60,10 +60,10 @@ def count_patches(x: Tensor, conv: nn.Conv2d) -> int:
 
 
 def patches(x: Tensor, conv: nn.Conv2d) -> Iterator[Tensor]:
-    """Yield the patches of x in float64, shape (groups, n, patches), few enough to fit in 32 MB."""
+    """Yield the patches of x, of shape (groups, n, some), few enough to fit in 16 MB of float32."""
     groups, n = conv.groups, fans(conv.weight)[0]
     per_picture = groups * n * count_patches(x, conv) // len(x)
     for part in x.split(max(1, 2**22 // per_picture)):
         p = F.unfold(part, conv.kernel_size, conv.dilation, stride=conv.stride)
         p = p.unflatten(1, (groups, n)).permute(1, 2, 0, 3)  # (groups, n, pictures, positions)
-        yield p.double().flatten(2)
+        yield p.flatten(2)

@@ -73,7 +73,8 @@ def predict(
     chosen = torch.arange(min(PAIRS_FROM, positions))
     if positions > PAIRS_FROM:  # by the golden ratio: evenly, in step with neither row nor picture
         chosen = (chosen.double() * (math.sqrt(5) - 1) / 2).frac().mul(positions).long()
-    for p in patches(x, conv):  # (groups, n, some patches)
+    for p in patches(x, conv):
+        p = p.double()  # (groups, n, some patches)
         M += p @ p.mT
         mu += p.sum(2)
         size += (V * p.square().sum(1) + U).sqrt().sum().item()

@@ -24,6 +24,13 @@ OTHER_SLOPES = [
     ("04", {"slope = 0.0  #": "slope = 0.3  #", "= (0.0, 1.0, math.sqrt(5))": "= (0.3, 0.7, 1.5)"}),
     ("04", {"slope = 0.0  #": "slope = 0.7  #", "seed = 0": "seed = 1"}),
     ("04", {"slope = 0.0  #": "slope = 1.5  #", "seed = 0": "seed = 2"}),
+    ("05", {"slope = 0.0  #": "slope = 0.3  #", "n_draws = 1000": "n_draws = 100"}),
+    ("05", {"slope = 0.0  #": "slope = 1.5  #", "n_draws = 1000": "n_draws = 100"}),
+    (
+        "06",
+        {"slope = 0.0  #": "slope = 0.3  #", "((0.0, 0.0), (1.0, 0.0)": "((0.7, 0.7), (1.5, 0.3)"},
+    ),
+    ("06", {"slope = 0.0  #": "slope = 1.5  #", "n_draws = 200": "n_draws = 100"}),
 ]
 
 
@@ -99,6 +106,25 @@ def test_another_figure_is_noticed():
     other = base64.b64encode((ROOT / "imgs" / "slopes.png").read_bytes()).decode()
     assert figure_difference(figure, figure) == 0
     assert figure_difference(figure, other) > FIGURE_TOLERANCE
+
+
+def test_slider_redraws():
+    """Set the sliders of notebook 5 in code: picture and numbers follow."""
+    (path,) = (path for path in NOTEBOOKS if path.name.startswith("05"))
+    notebook = nbformat.read(path, as_version=4)
+    (sliders,) = (cell for cell in code(notebook) if "nbval-skip" in tags(cell))
+    needed = ("import io", "seed = 0", "load_mnist()", "def with_init", "def distribution")
+    setup = [c for text in needed for c in code(notebook) if text in c.source]
+    check = nbformat.v4.new_code_cell(
+        """
+before = picture.value, readout.value
+init_slider.value, act_slider.value = 1.0, 0.5
+assert picture.value != before[0] and readout.value != before[1]
+assert readout.value == str(with_init(1.0).at(0.5))
+"""
+    )
+    notebook.cells = [*setup, sliders, check]
+    regenerate.run(notebook)
 
 
 @pytest.mark.parametrize(("name", "replace"), OTHER_SLOPES)
