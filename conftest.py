@@ -6,8 +6,8 @@ import io
 import os
 
 import numpy as np
-from matplotlib.image import imread
 from nbval.plugin import IPyNbCell
+from PIL import Image
 
 os.environ["TQDM_DISABLE"] = "1"  # progress bars are not part of an output
 
@@ -32,7 +32,8 @@ def _pngs(outputs):
 
 def figure_difference(new, stored):
     """Return the RMS difference of two base64 PNGs, of 255; inf if their sizes differ."""
-    a, b = (255 * imread(io.BytesIO(base64.b64decode(png))) for png in (new, stored))
+    files = (io.BytesIO(base64.b64decode(png)) for png in (new, stored))
+    a, b = (np.asarray(Image.open(file).convert("RGB"), dtype=float) for file in files)
     return float(np.sqrt(np.mean((a - b) ** 2))) if a.shape == b.shape else float("inf")
 
 

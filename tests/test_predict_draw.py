@@ -353,10 +353,29 @@ def test_a_sample_of_the_patches_stands_for_all(monkeypatch):
     x, layer = correlated((9, 1, 18, 18)), nn.Conv2d(1, 3, 5)  # 1,764 patches
     x[0] *= 10  # one picture has almost all of the energy
     sampled = pair_parts(predict(x, layer, "kaiming_normal"))
-    monkeypatch.setattr(sys.modules["initlab.predict"], "PAIRS_FROM", 1764)
+    monkeypatch.setattr(PREDICT, "PAIRS_FROM", 1764)
     of_all = pair_parts(predict(x, layer, "kaiming_normal"))
     torch.testing.assert_close(sampled, of_all, rtol=0.05, atol=0)
     assert not torch.isclose(sampled, of_all, rtol=1e-9).any()
+
+
+def test_a_sample_counts_each_patch_with_itself_as_often_as_all_do(monkeypatch):
+    # Orthogonal patches: only with itself does a patch covary, in 1 of 1,000 pairs
+    x, layer = torch.eye(1000), nn.Linear(1000, 1, bias=False)
+    sampled = predict(x, layer, "kaiming_normal").covariance
+    monkeypatch.setattr(PREDICT, "PAIRS_FROM", 1000)
+    of_all = predict(x, layer, "kaiming_normal").covariance
+    torch.testing.assert_close(sampled, of_all, rtol=1e-10, atol=1e-16)
+
+
+def test_a_sample_is_scaled_to_the_energy_of_all():
+    p = correlated((1, 3, 8))
+    square_var = 2 * (p[0].T @ p[0] + 0.1).square().mean().item()
+    plain = PREDICT._pair_covariance(p, 8, 1.0, 0.1, square_var)
+    told = PREDICT._pair_covariance(p, 8, 1.0, 0.1, 16 * square_var)
+    same = PREDICT._pair_covariance(2 * p, 8, 1.0, 0.4, 16 * square_var)  # twice every y
+    torch.testing.assert_close(told, same, rtol=1e-10, atol=0)
+    assert (told[plain != 0] / plain[plain != 0]).log2().round().unique().tolist() == [2, 3, 4]
 
 
 def test_values_of_the_layer_do_not_matter():
