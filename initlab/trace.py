@@ -80,7 +80,7 @@ def trace(
     target: Any = None,
     loss: Callable[..., Tensor] | None = None,
 ) -> Trace:
-    """Runs `model(x)` once and measures the output of every layer, and its gradient.
+    """Run `model(x)` once and measure the output of every layer, and its gradient.
 
     Layers are the convolutions, `nn.Linear` and the activation modules, in the order of execution.
     Only calls of modules are seen: `F.relu(h)` leaves no entry. The model runs in the mode it is

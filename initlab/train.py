@@ -26,7 +26,7 @@ def conv_stack(
     classes: int | None = None,
     pooled: int = 1,
 ) -> nn.Sequential:
-    """Stacks `depth` 3x3 convolutions with padding 1, a (leaky) ReLU after each.
+    """Stack `depth` 3x3 convolutions with padding 1, a (leaky) ReLU after each.
 
     Maps `(n, 1, h, w)` to `(n, channels, h, w)`. All layers keep PyTorch's default init.
 
@@ -87,7 +87,7 @@ def fit(
     generator: torch.Generator,
     progress: str | None = None,
 ) -> list[float]:
-    """Trains the model, in training mode, and returns the cross-entropy before each step.
+    """Train the model, in training mode, and return the cross-entropy before each step.
 
     `x` is `(n, ...)`, `y` `(n,)` int64, the model's output logits `(batch_size, classes)`. All
     batches are drawn first, with replacement, so that generators seeded alike give the same
@@ -125,7 +125,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
-    """Returns the fraction of inputs whose largest logit is the one of their label.
+    """Return the fraction of inputs whose largest logit is the one of their label.
 
     `x` is `(n, ...)`, `y` `(n,)`. The model runs in evaluation mode and is put back in its own.
     Logits that hold a `nan` are a wrong answer.
