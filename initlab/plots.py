@@ -12,6 +12,8 @@ from PIL import Image
 
 from initlab.trace import LayerTrace
 
+LABELS = {"signal": "std across inputs", "grad_rms": "rms of the gradient"}
+
 
 def show(figure: Figure, alt: str) -> None:
     """Display `figure` in a notebook with `alt` as the text for who cannot see it, and close it.
@@ -47,7 +49,7 @@ def plot_trace(
         >>> from initlab import conv_stack, trace
         >>> figure = plot_trace({"default": [trace(conv_stack(3, 8), torch.randn(4, 1, 9, 9))]})
         >>> [ax.get_ylabel() for ax in figure.axes]
-        ['rms', 'signal']
+        ['rms', 'std across inputs']
         >>> plt.close(figure)
     """
     figure, axes = plt.subplots(1, len(fields), figsize=(2 + 3.3 * len(fields), 3), squeeze=False)
@@ -60,6 +62,9 @@ def plot_trace(
             ax.fill_between(layers, values.amin(0), values.amax(0), color=color, alpha=0.2, lw=0)
             if theory and field in theory.get(name, {}):
                 ax.plot(layers, theory[name][field], color="k", ls="--", lw=0.9)
-        ax.set(yscale="log", xlabel="layer", ylabel=field)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+        ax.set(yscale="log", xlabel="layer", ylabel=LABELS.get(field, field))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if theory:
+        handles, labels = [*handles, plt.Line2D([], [], color="k", ls="--")], [*labels, "theory"]
+    figure.legend(handles, labels, loc="outside right upper")
     return figure
