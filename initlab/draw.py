@@ -75,7 +75,7 @@ def draw(
                 for p in part.split(columns, 2):
                     y = buffer[: k * conv.out_channels * p.shape[2]].view(groups, -1, p.shape[2])
                     torch.baddbmm(shift[:, :, None], weight, p, out=y)
-                    sums += _half_sums(y.view(groups, k, -1))
+                    sums += _half_sums(y.view(groups, k, -1, p.shape[2]))
             rows.copy_(sums.T / count)
             bar.update(k)
     return Drawn(halves, count)
@@ -87,14 +87,14 @@ def _by_group(draws: list[Tensor], groups: int) -> Tensor:
 
 
 def _half_sums(y: Tensor) -> Tensor:
-    """Return the sums (4, k) of y+, y-, y+^2, y-^2 of the outputs y (groups, k, rest).
+    """Return the sums (4, k) of y+, y-, y+^2, y-^2 of outputs y (groups, k, filters, positions).
 
-    Overwrites y. Blocks are summed in the data's type, and over blocks in float64.
+    Overwrites y. Each filter's positions are summed in the data's type, and those in float64.
     """
 
     def sums(v: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.linalg.vector_norm(v, dim=2).double()
-        return v.sum(2).double().sum(0), norm.square().sum(0)
+        norm = torch.linalg.vector_norm(v, dim=3).double()
+        return v.sum(3).double().sum((0, 2)), norm.square().sum((0, 2))
 
     mean, square = sums(y)
     mean_above, square_above = sums(y.clamp_min_(0))

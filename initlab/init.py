@@ -125,7 +125,8 @@ def initialize_(
         if layer.bias is not None and bias == "zeros":
             nn.init.zeros_(layer.bias)
         elif layer.bias is not None and bias == "default":
-            bound = 1 / math.sqrt(fans(layer.weight)[0])
+            fan_in, _ = fans(layer.weight)
+            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     return module
 

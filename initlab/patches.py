@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,7 +51,8 @@ def as_conv(x: Tensor, conv: nn.Module, bias: str) -> tuple[Tensor, nn.Conv2d]:
     if any(d * (k - 1) >= s for d, k, s in zip(plain.dilation, kernel, x.shape[2:], strict=True)):
         size = tuple(x.shape[2:])
         raise ValueError(f"the kernel {kernel} is larger than the padded picture {size}")
-    return x.detach(), plain
+    # Half precision cannot hold the sums
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32)), plain
 
 
 def count_patches(x: Tensor, conv: nn.Conv2d) -> int:

@@ -70,9 +70,10 @@ def predict(
     mu = torch.zeros(groups, n, dtype=torch.float64)
     size, count, sample = 0.0, 0, []
     positions = count_patches(x, conv)
-    chosen = torch.arange(min(PAIRS_FROM, positions))
-    if positions > PAIRS_FROM:  # by the golden ratio: evenly, in step with neither row nor picture
-        chosen = (chosen.double() * (math.sqrt(5) - 1) / 2).frac().mul(positions).long()
+    sample_size = math.ceil(PAIRS_FROM / math.sqrt(groups))  # as many pairs for any groups
+    chosen = torch.arange(min(sample_size, positions))
+    if positions > sample_size:  # by the golden ratio: evenly, in step with neither row nor picture
+        chosen = (chosen.double() * (math.sqrt(5) - 1) / 2).frac().mul(positions).long().unique()
     for p in patches(x, conv):
         p = p.double()  # (groups, n, some patches)
         M += p @ p.mT

@@ -50,8 +50,8 @@ def stats(x: Tensor) -> Stats:
     with torch.no_grad():
         x = x.detach().double()
         mean, rms = x.mean().item(), x.square().mean().sqrt().item()
-        if not math.isfinite(rms):
-            bad = x.numel() - int(x.isfinite().sum())
+        bad = 0 if math.isfinite(rms) else x.numel() - int(x.isfinite().sum())
+        if bad:
             raise ValueError(f"stats needs finite values: {bad} of {x.numel()} are nan or infinite")
         std = x.std().item() if x.numel() > 1 else math.nan
     return Stats(mean, std, rms)

@@ -618,3 +618,47 @@ def test_memory():
     drawing, predicting = map(float, out.split())
     assert drawing < 50  # MiB
     assert predicting < 500  # about 250, most of it for the pairs of patches
+
+
+@pytest.mark.parametrize("size", [224, 512])
+def test_large_pictures_in_float32(size):
+    x, layer = torch.randn(1, 1, size, size, generator=generator()), nn.Conv2d(1, 64, 3)
+    single, double = (
+        draw(t, layer, "default", n=1, generator=generator()).halves for t in (x, x.double())
+    )
+    torch.testing.assert_close(single, double, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_single(dtype):
+    x, layer = torch.randn(1, 1, 64, 64, generator=generator()).to(dtype), nn.Conv2d(1, 64, 3)
+    half, double = (
+        draw(20 * t, layer, "default", n=1, generator=generator()).halves for t in (x, x.double())
+    )
+    torch.testing.assert_close(half, double, rtol=1e-2, atol=0)
+    predict(x, layer, "default")
+
+
+def test_pairs_do_not_grow_with_the_groups(monkeypatch):
+    sizes, predict_module = [], sys.modules["initlab.predict"]
+    pair_covariance = predict_module._pair_covariance
+
+    def measured(p, *args):
+        sizes.append(p.shape[0] * p.shape[2] ** 2)
+        return pair_covariance(p, *args)
+
+    monkeypatch.setattr(predict_module, "_pair_covariance", measured)
+    for groups in (1, 16):
+        layer = nn.Conv2d(16, 16, 3, groups=groups)
+        predict(torch.rand(4, 16, 28, 28, generator=generator()), layer, "default")
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+@pytest.mark.parametrize("n", [800, 1000])  # the golden ratio picks some patches twice here
+def test_no_patch_is_sampled_twice(n, monkeypatch):
+    x, layer = torch.eye(n), nn.Linear(n, 1, bias=False)
+    sampled = predict(x, layer, "kaiming_normal").covariance
+    monkeypatch.setattr(sys.modules["initlab.predict"], "PAIRS_FROM", n)
+    torch.testing.assert_close(
+        sampled, predict(x, layer, "kaiming_normal").covariance, rtol=1e-10, atol=1e-16
+    )
