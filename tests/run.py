@@ -26,8 +26,16 @@ CHECKS = [
     ([*PYTEST, "notebooks"], OTHER_MACHINE),
 ]
 
-for command, setting in CHECKS:
-    print("$", *(f"{key}={value}" for key, value in setting.items()), *command[1:], flush=True)
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | setting, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+
+def main() -> int:
+    """Run the checks in turn, up to the first that fails, and return its exit code."""
+    for command, setting in CHECKS:
+        print("$", *(f"{key}={value}" for key, value in setting.items()), *command[1:], flush=True)
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | setting, check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":  # pytest imports this file too, in search of examples
+    sys.exit(main())
