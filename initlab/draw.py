@@ -11,7 +11,7 @@ from initlab.init import Scheme, initialize_
 from initlab.moments import Drawn
 from initlab.patches import as_conv, count_patches, patches
 
-BLOCK = 2**20  # outputs computed at a time: 4 MB in float32
+BLOCK = 2**20  # outputs computed at a time, and weights held at a time: 4 MB in float32
 
 
 def draw(
@@ -56,7 +56,7 @@ def draw(
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
     x, conv = as_conv(x, conv, bias)
     groups, count = conv.groups, count_patches(x, conv) * conv.out_channels
-    at_once = max(1, min(n, 32, BLOCK // conv.out_channels))
+    at_once = max(1, min(n, 128, BLOCK // max(conv.out_channels, conv.weight.numel())))
     columns = max(1, BLOCK // (at_once * conv.out_channels))
     # One buffer for all outputs: fresh memory for each costs as much time as computing them
     buffer = x.new_empty(at_once * conv.out_channels * columns)
