@@ -20,7 +20,8 @@ spec.loader.exec_module(regenerate)
 SMALL = {  # of training, which would take minutes
     "seeds = (0, 1, 2)": "seeds = (0, 1)",
     "depths = (2, 4, 8)": "depths = (2, 4)",
-    "steps = 60": "steps = 10",
+    "\nsteps = 60": "\nsteps = 10",
+    "long_steps, long_rate = 300": "long_steps, long_rate = 20",
     "residual_rates = (0.003, 0.01, 0.03, 0.1, 0.3)": "residual_rates = (0.01, 0.03)",
 }
 OTHER_SLOPES = [
