@@ -32,20 +32,12 @@ OTHER_SLOPES = [
     (
         "04",
         {
-            "slope = 0.0  #": "slope = 0.7  #",
-            "seed = 0": "seed = 1",
-            "n_draws = 200": "n_draws = 50",
-        },
-    ),
-    (
-        "04",
-        {
             "slope = 0.0  #": "slope = 1.5  #",
             "seed = 0": "seed = 2",
             "n_draws = 200": "n_draws = 50",
         },
     ),
-    ("05", {"slope = 0.0  #": "slope = 1.5  #", "n_draws = 1000": "n_draws = 100"}),
+    ("05", {"slope = 0.0  #": "slope = 0.7  #", "n_draws = 1000": "n_draws = 100"}),
     (
         "06",
         {
