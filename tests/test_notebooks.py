@@ -1,7 +1,9 @@
 """The notebooks as documents: complete, clean, and true for other slopes than the stored ones."""
 
+import ast
 import base64
 import importlib.util
+import re
 from pathlib import Path
 
 import nbformat
@@ -123,6 +125,61 @@ def test_another_figure_is_noticed():
     other = base64.b64encode((ROOT / "imgs" / "slopes.png").read_bytes()).decode()
     assert figure_difference(figure, figure) == 0
     assert figure_difference(figure, other) > FIGURE_TOLERANCE
+
+
+def numbers(text):
+    """Return the decimal numbers of a text, without their signs, as they are written."""
+    text = re.sub(r"\]\(.*?\)|arXiv [\d.]+|Python [\d.]+", "", text)  # links and versions
+    return re.findall(r"(?<![\w.])\d+\.\d+(?:e[-+]?\d+)?", text)
+
+
+def shown(notebook):
+    """Return the numbers that code cells hold or put out."""
+    outputs = [o.get("text", "") for cell in code(notebook) for o in cell.outputs]
+    sources = [cell.source for cell in code(notebook)]
+    return [float(number) for text in outputs + sources for number in numbers(text)]
+
+
+def is_rounded_from(number, found):
+    last_place = 10.0 ** -len(number.partition(".")[2])
+    return any(abs(float(number) - x) <= 0.501 * last_place for x in found)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_numbers_of_the_text_are_shown_on_the_page(path):
+    notebook = nbformat.read(path, as_version=4)
+    found = shown(notebook)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    # One decimal says little: some number of the page is always near
+    claims = [number for number in numbers(text) if re.search(r"\.\d\d", number)]
+    assert claims
+    assert [number for number in claims if not is_rounded_from(number, found)] == []
+
+
+def test_numbers_of_the_readme_are_shown_in_the_notebooks():
+    found = [x for path in NOTEBOOKS for x in shown(nbformat.read(path, as_version=4))]
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    claims = [number for number in numbers(text) if re.search(r"\.\d\d", number)]
+    assert claims
+    assert [number for number in claims if not is_rounded_from(number, found)] == []
+
+
+def test_example_of_the_readme_gives_the_numbers_of_its_comments():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names, checked = {}, 0
+    for line in example.splitlines():
+        statement, _, comment = line.partition("  # ")
+        if not (statement and isinstance(ast.parse(statement).body[0], ast.Expr)):
+            exec(statement, names)
+            continue
+        found = [float(number) for number in numbers(str(eval(statement, names)))]
+        for number in numbers(comment):
+            if "near" in comment:  # what is random
+                assert min(abs(float(number) / x - 1) for x in found) < 0.1, line
+            else:
+                assert is_rounded_from(number, found), line
+            checked += 1
+    assert checked >= 6
 
 
 def test_slider_redraws():
