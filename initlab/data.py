@@ -159,9 +159,9 @@ def _download(name: str, md5: str, raw: Path) -> None:
     except OSError as error:
         reason = error
     raise RuntimeError(
-        f"{raw / name} is {state}, and downloading it failed ({reason}). Restore it with "
-        f"`git checkout -- {name}` in its folder, or run again with a network (and a folder that "
-        "can be written) so that torchvision downloads it."
+        f"{raw / name} is {state}, and downloading it failed ({reason}). Restore it (in a clone, "
+        f"with `git checkout -- {name}` in its folder), or run again with a network (and a folder "
+        "that can be written) so that torchvision downloads it."
     ) from None
 
 

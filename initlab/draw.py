@@ -22,11 +22,14 @@ def draw(
     bias: Literal["default", "zeros"] = "default",
     n: int = 1000,
     generator: Generator | None = None,
+    *,
+    mode: Literal["fan_in", "fan_out"] = "fan_in",
 ) -> Drawn:
     """Initialise `conv` anew `n` times and measure `conv(x)` each time, for every slope at once.
 
-    A draw is what `initialize_(conv, scheme, a, bias=bias, generator=generator)` makes of the
-    layer; `conv` itself is left as it is. Memory does not grow with `n`, but for the result.
+    A draw is what `initialize_(layer, scheme, a, mode, bias, generator)` makes of a layer like
+    `conv`; `conv` itself is left as it is. Memory does not grow with `n`, but for the result. The
+    work is done on the CPU.
 
     Args:
         x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
@@ -36,11 +39,13 @@ def draw(
         bias: "default" draws it anew each time, "zeros" leaves it out.
         n: Number of draws.
         generator: Source of the random numbers; by default torch's global one.
+        mode: As in `initialize_`, for the Kaiming schemes.
 
     Raises:
-        ValueError: `n` < 1; unknown scheme or bias; `a` not finite; `x` empty, not finite, of
-            another number of channels or smaller than the kernel; padding by anything but zeros.
-        TypeError: `conv` is neither Conv2d nor Linear; `x` not floating-point.
+        ValueError: `n` < 1; unknown scheme, bias or mode; `a` not finite; `x` empty, not finite, of
+            another number of channels or smaller than the kernel; padding by anything but zeros; a
+            lazy layer.
+        TypeError: `conv` is neither Conv2d nor Linear; `x` is no floating-point tensor.
 
     Example:
         >>> import torch
@@ -66,7 +71,7 @@ def draw(
         for rows in halves.split(at_once):
             k, weights = len(rows), []
             for _ in range(k):
-                initialize_(conv, scheme, a=a, bias=bias, generator=generator)
+                initialize_(conv, scheme, a, mode, bias, generator)
                 shift = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
                 weights.append(torch.cat([conv.weight.flatten(1), shift[:, None]], 1))
             weight = _by_group(weights, groups).to(x.dtype)

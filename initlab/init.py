@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # the only common base of the six (transposed) convs
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 Scheme = Literal[
     "default", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal"
@@ -75,7 +76,8 @@ def initialize_(
     is done by `torch.nn.init`: the same generator state gives the same bits.
 
     Args:
-        module: A layer or a network. Layers of other kinds (normalisation, embedding) are kept.
+        module: A layer or a network. Layers of other kinds (normalisation, embedding) are
+            kept, unless they share a weight with one of these.
         scheme: "default" is what `reset_parameters` does to a weight, U(-1/sqrt(fan_in),
             1/sqrt(fan_in)); the others are the initialisers of torch of that name.
         a: Negative slope that the two Kaiming schemes assume. The other schemes know none.
@@ -89,8 +91,8 @@ def initialize_(
 
     Raises:
         ValueError: Unknown `scheme`, `mode` or `bias`; `a` not finite; nothing to initialise; a
-            weight that has no shape yet (lazy) or is computed from others (weight norm). Nothing
-            is changed then.
+            weight that has no shape yet (lazy) or is computed from others (weight norm);
+            "orthogonal" in half precision, which torch cannot factorise. Nothing is changed then.
 
     Source: He et al. 2015, arXiv 1502.01852; Glorot & Bengio 2010; Saxe et al. 2013, arXiv
     1312.6120.
@@ -116,10 +118,13 @@ def initialize_(
     if not layers:
         raise ValueError(f"{type(module).__name__} holds no Linear or convolution to initialise")
     for layer in layers:
+        # In this order: to read a parametrised weight computes it, which may change the layer
+        if is_parametrized(layer, "weight") or not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(f"the weight of {layer} is computed (parametrised): nothing to draw")
         if is_lazy(layer.weight):
             raise ValueError(f"{layer} has no shape before its first input; run the network once")
-        if not isinstance(layer.weight, nn.Parameter):
-            raise ValueError(f"the weight of {layer} is computed (parametrised): nothing to draw")
+        if scheme == "orthogonal" and layer.weight.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f'"orthogonal" needs float32 or float64, got {layer.weight.dtype}')
     for layer in layers:
         _draw_weight_(layer.weight, scheme, a, mode, generator)
         if layer.bias is not None and bias == "zeros":

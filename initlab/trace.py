@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 # MultiheadAttention sits among the activations, but takes three tensors and returns a tuple.
 TRACED: tuple[type[nn.Module], ...] = (
@@ -94,8 +95,9 @@ def trace(
         loss: `loss(output, target)`, or `loss(output)` when `target` is None, returning a scalar.
 
     Raises:
-        ValueError: If no such layer ran, if the loss is not a scalar or does not depend on any
-            layer or parameter, or if there is a target without a loss.
+        ValueError: If `x` is empty, if the model has parameters without a shape (lazy), if no such
+            layer ran, if the loss is not a scalar or does not depend on any layer or parameter, or
+            if there is a target without a loss.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU(inplace=True))
@@ -107,6 +109,10 @@ def trace(
     """
     if loss is None and target is not None:
         raise ValueError("target given without a loss")
+    if x.numel() == 0:
+        raise ValueError(f"x is empty, of shape {tuple(x.shape)}")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("the model has layers without a shape (lazy); run it once")
     names = {
         module: name or type(module).__name__
         for name, module in model.named_modules()

@@ -96,7 +96,7 @@ def fit(
     `TQDM_DISABLE=1` in the environment when tqdm is imported, shows none.
 
     Raises:
-        ValueError: If `x` and `y` differ in length.
+        ValueError: If `x` and `y` differ in length or are empty.
 
     Example:
         >>> model, x = nn.Linear(1, 2), torch.linspace(-1, 1, 20)[:, None]
@@ -106,7 +106,7 @@ def fit(
         >>> len(losses), losses[-1] < losses[0], accuracy(model, x, y) > 0.8
         (50, True, True)
     """
-    if len(x) != len(y):
+    if len(x) != len(y) or not len(x):
         raise ValueError(f"{len(x)} inputs but {len(y)} labels")
     batches = torch.randint(len(x), (steps, batch_size), generator=generator)
     losses = [float("nan")] * steps
@@ -131,13 +131,13 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> 
     Logits that hold a `nan` are a wrong answer.
 
     Raises:
-        ValueError: If `x` and `y` differ in length.
+        ValueError: If `x` and `y` differ in length or are empty.
 
     Example:
         >>> accuracy(nn.Identity(), torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
         0.5
     """
-    if len(x) != len(y):
+    if len(x) != len(y) or not len(x):
         raise ValueError(f"{len(x)} inputs but {len(y)} labels")
     right = 0
     with _mode(model, training=False):

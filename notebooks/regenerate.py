@@ -54,7 +54,11 @@ def pictures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
 
 def main(prefixes: list[str]) -> None:
     """Regenerate the notebooks whose names begin with one of `prefixes`; without any, all."""
-    for path in sorted(HERE.glob("[0-9]*.ipynb")):
+    paths = sorted(HERE.glob("[0-9]*.ipynb"))
+    for prefix in prefixes:
+        if not any(path.name.startswith(prefix) for path in paths):
+            raise SystemExit(f"no notebook's name begins with {prefix}")
+    for path in paths:
         if prefixes and not path.name.startswith(tuple(prefixes)):
             continue
         print(path.name, flush=True)

@@ -251,6 +251,7 @@ def test_nothing_to_initialise(make):
         (lambda: nn.LazyLinear(2), "LazyLinear.* no shape before its first input"),
         (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "computed"),
         (lambda: parametrizations.orthogonal(nn.Linear(3, 4)), "computed"),
+        (lambda: parametrizations.spectral_norm(nn.Conv2d(1, 2, 3)), "computed"),
         (lambda: spectral_norm(nn.Conv2d(1, 2, 3)), "computed"),
     ],
 )
@@ -262,3 +263,11 @@ def test_impossible_layers_change_nothing(make, message):
         initialize_(net, "kaiming_normal", bias="zeros", generator=g)
     assert_same(net, before)
     assert torch.equal(g.get_state(), state)
+
+
+def test_orthogonal_needs_single_precision():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4).half())
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=r"needs float32 or float64, got torch\.float16"):
+        initialize_(net, "orthogonal")
+    assert_same(net, before)

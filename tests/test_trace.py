@@ -301,6 +301,16 @@ def test_errors(block, x, target):
         trace(block, x, target, lambda out, target: 1.0)
     with pytest.raises(ValueError, match="does not depend"):
         trace(block, x, target, lambda out, target: torch.tensor(1.0))
+    with pytest.raises(ValueError, match="x is empty"):
+        trace(block, x[:0])
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_stay_lazy():
+    model = nn.Sequential(nn.LazyConv2d(2, 3), nn.ReLU())
+    with pytest.raises(ValueError, match="without a shape"):
+        trace(model, torch.ones(1, 1, 5, 5))
+    assert nn.parameter.is_lazy(model[0].weight)
 
 
 def test_table():

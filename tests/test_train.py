@@ -197,6 +197,8 @@ def test_lengths_must_agree(data):
         accuracy(nn.Flatten(), x, y[:-1])
     with pytest.raises(ValueError, match="40 inputs but 39 labels"):
         fit(None, x, y[:-1], optimizer=None, steps=1, batch_size=1, generator=generator())
+    with pytest.raises(ValueError, match="0 inputs but 0 labels"):
+        accuracy(nn.Flatten(), x[:0], y[:0])
 
 
 @pytest.mark.parametrize("label", ["bar", None])
