@@ -34,9 +34,9 @@ def predict(
     of y. Exact for Gaussian w and b: E[leaky(y)]; for uniform ones it comes out too low, by 1 % on
     MNIST's 5x5 patches and by 8 % at fan_in = 1. The sd's after an activation come from the pairs
     of 768 patches spread evenly over the data (within 1 % of 4,096 on MNIST), of 768 / sqrt(groups)
-    in each group. For uniform w and b they are right to first order in the kurtosis: measured,
-    within 3 % at fan_in = 25, 7 % at 5, and rough below. Those of std and rms are first-order:
-    sd(r) = sd(r^2) / (2 r). The work is done on the CPU; memory grows with fan_in squared.
+    in each group. For uniform w and b they hold the leading term of the kurtosis: measured, within
+    3 % at fan_in = 25, 7 % at 5, and rough below. Those of std and rms are first-order: sd(r) =
+    sd(r^2) / (2 r). The work is done on the CPU; memory grows with fan_in squared.
 
     Args:
         x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
@@ -148,7 +148,8 @@ def _pair_covariance(
     From some of the patches, p of shape (groups, n, k), and from the exact variance of the mean of
     y^2 for Gaussian w and b. Two outputs y, y' have standard deviations s, s', correlation r and,
     where w or b is not Gaussian, the joint cumulant c = sum_i c_w p_i^2 p'_i^2 + c_b. What is
-    averaged over all pairs is, exact for c = 0 and else to second order in He_2(y), He_2(y'),
+    averaged over all pairs is, exact for c = 0 and else with the leading term of c, which acts
+    through the second Hermite polynomials of y / s and y' / s',
         Cov(|y|, |y'|)     = s s' 2/pi (sqrt(1 - r^2) + r asin r - 1) + c / (2 pi s s')
         Cov(y^2, |y'|)     = s^2 s' sqrt(2/pi) r^2 + c / (sqrt(2 pi) s')
         Cov(y|y|, y'|y'|)  = s^2 s'^2 2/pi (3 r sqrt(1 - r^2) + (1 + 2 r^2) asin r)
