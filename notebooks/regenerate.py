@@ -17,15 +17,15 @@ from nbclient import NotebookClient
 HERE = Path(__file__).resolve().parent
 
 
-def execute(path: Path, replace: dict[str, str] | None = None) -> nbformat.NotebookNode:
-    """Run a notebook in a clean kernel and return it; `replace` maps old source text to new."""
+def changed(path: Path, replace: dict[str, str]) -> nbformat.NotebookNode:
+    """Read a notebook whose source texts, the keys of `replace`, give way to other ones."""
     notebook = nbformat.read(path, as_version=4)
-    for old, new in (replace or {}).items():
+    for old, new in replace.items():
         cells = [cell for cell in notebook.cells if old in cell.source]
         if len(cells) != 1:
             raise ValueError(f"{path.name}: {old!r} stands in {len(cells)} cells, not in one")
         cells[0].source = cells[0].source.replace(old, new)
-    return run(notebook)
+    return notebook
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -62,7 +62,7 @@ def main(prefixes: list[str]) -> None:
         if prefixes and not path.name.startswith(tuple(prefixes)):
             continue
         print(path.name, flush=True)
-        notebook = execute(path)
+        notebook = run(nbformat.read(path, as_version=4))
         for cell in notebook.cells:
             if "nbval-skip" in cell.metadata.get("tags", []):
                 cell.outputs = []  # a slider needs a kernel: a stored page cannot show it
