@@ -7,7 +7,7 @@ from initlab.moments import Drawn, Moments, Predicted
 from initlab.predict import predict
 from initlab.stats import Stats, stats
 from initlab.trace import LayerTrace, Trace, trace
-from initlab.train import accuracy, conv_stack, fit
+from initlab.net import accuracy, conv_stack, fit
 
 __all__ = [
     "Drawn",

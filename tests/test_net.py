@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from initlab.train import Residual, accuracy, conv_stack, fit
+from initlab.net import Residual, accuracy, conv_stack, fit
 
 
 def kinds(model):
@@ -204,7 +204,7 @@ def test_lengths_must_agree(data):
 @pytest.mark.parametrize("label", ["bar", None])
 def test_progress_bar(data, capsys, monkeypatch, label):
     # Shown even where the tests themselves run with TQDM_DISABLE=1.
-    monkeypatch.setattr("initlab.train.tqdm", functools.partial(tqdm, disable=False))
+    monkeypatch.setattr("initlab.net.tqdm", functools.partial(tqdm, disable=False))
     x, y = data
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -218,7 +218,7 @@ def test_progress_bar(data, capsys, monkeypatch, label):
 def test_progress_bar_is_silent_under_tqdm_disable():
     code = """
 import torch
-from initlab.train import fit
+from initlab.net import fit
 model = torch.nn.Linear(1, 2)
 fit(model, torch.ones(4, 1), torch.zeros(4).long(), steps=3, batch_size=2, progress="bar",
     optimizer=torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator())
