@@ -1,11 +1,18 @@
 """Stacks of convolutions, and a short loop to train them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "none": lambda channels: [],
+    "batch": lambda channels: [nn.BatchNorm2d(channels)],
+    "group": lambda channels: [nn.GroupNorm(1, channels)],
+}
 
 
 class Residual(nn.Sequential):
@@ -19,8 +26,8 @@ def conv_stack(
     depth: int,
     channels: int = 32,
     *,
-    negative_slope: float = 0.0,
-    batchnorm: bool = False,
+    slope: float = 0.0,
+    norm: Literal["none", "batch", "group"] = "none",
     residual: bool = False,
     downsample: int = 0,
     classes: int | None = None,
@@ -33,8 +40,9 @@ def conv_stack(
     Args:
         depth: Number of convolutions.
         channels: Filters of each.
-        negative_slope: Slope of the activation below 0; 0 gives `nn.ReLU`.
-        batchnorm: Puts `nn.BatchNorm2d` after each convolution.
+        slope: Slope of the activation below 0; 0 gives `nn.ReLU`.
+        norm: "batch" puts `nn.BatchNorm2d` after each convolution, "group" `nn.GroupNorm` with one
+            group, which normalises each picture over its channels and positions.
         residual: Turns each pair of convolutions after the strided ones, or after the first if
             none is, into a `Residual` of convolution, activation, convolution. Nothing follows
             the sum, as in He et al. 2016, arXiv 1603.05027.
@@ -43,8 +51,8 @@ def conv_stack(
         pooled: Height and width left by that pooling.
 
     Raises:
-        ValueError: If not 1 <= depth and 0 <= downsample <= depth, or if the convolutions left
-            for residual blocks do not pair.
+        ValueError: If not 1 <= depth and 0 <= downsample <= depth, if the convolutions left for
+            residual blocks do not pair, or if `norm` is unknown.
 
     Example:
         >>> model = conv_stack(2, channels=8, downsample=1, classes=10)
@@ -55,6 +63,8 @@ def conv_stack(
     """
     if depth < 1 or not 0 <= downsample <= depth:
         raise ValueError(f"need depth >= 1 and 0 <= downsample <= depth, got {depth}, {downsample}")
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; known are {', '.join(NORMS)}")
     stem = max(downsample, 1) if residual else depth
     if (depth - stem) % 2:
         raise ValueError(f"{depth - stem} convolutions after the first {stem} do not pair")
@@ -62,10 +72,10 @@ def conv_stack(
     def conv(index: int) -> list[nn.Module]:
         stride = 2 if index < downsample else 1
         layer = nn.Conv2d(channels if index else 1, channels, 3, stride, padding=1)
-        return [layer, nn.BatchNorm2d(channels)] if batchnorm else [layer]
+        return [layer, *NORMS[norm](channels)]
 
     def act() -> nn.Module:
-        return nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
+        return nn.LeakyReLU(slope) if slope else nn.ReLU()
 
     layers = [layer for index in range(stem) for layer in (*conv(index), act())]
     for index in range(stem, depth, 2):
@@ -85,18 +95,30 @@ def fit(
     steps: int,
     batch_size: int,
     generator: torch.Generator,
+    after: Callable[[int], bool | None] | None = None,
     progress: str | None = None,
 ) -> list[float]:
     """Train the model, in training mode, and return the cross-entropy before each step.
 
-    `x` is `(n, ...)`, `y` `(n,)` int64, the model's output logits `(batch_size, classes)`. All
-    batches are drawn first, with replacement, so that generators seeded alike give the same
-    batches and end alike, even if a run diverges: a loss that is not finite is the last to be
-    computed, and the ones after it are `nan`. `progress` labels a progress bar; None, or
-    `TQDM_DISABLE=1` in the environment when tqdm is imported, shows none.
+    `x` is `(n, ...)`, `y` `(n,)` int64, the model's output logits `(batch_size, classes)`. An epoch
+    is a new order of the inputs, cut into whole batches. All are drawn first, so that generators
+    seeded alike give the same batches and end alike, even if a run diverges: a loss that is not
+    finite is the last to be computed. The losses after the last computed one are `nan`.
+
+    Args:
+        model: The network, trained in place.
+        x: Inputs.
+        y: Labels.
+        optimizer: Holds the parameters of `model`.
+        steps: Number of steps.
+        batch_size: Inputs a step.
+        generator: Source of the orders.
+        after: Called as `after(step)` after each step, counted from 1; `True` ends the training.
+        progress: Label of a progress bar; None, or `TQDM_DISABLE=1` in the environment when tqdm is
+            imported, shows none.
 
     Raises:
-        ValueError: If `x` and `y` differ in length or are empty.
+        ValueError: If `x` and `y` differ in length or hold less than a batch.
 
     Example:
         >>> model, x = nn.Linear(1, 2), torch.linspace(-1, 1, 20)[:, None]
@@ -106,9 +128,13 @@ def fit(
         >>> len(losses), losses[-1] < losses[0], accuracy(model, x, y) > 0.8
         (50, True, True)
     """
-    if len(x) != len(y) or not len(x):
+    if len(x) != len(y):
         raise ValueError(f"{len(x)} inputs but {len(y)} labels")
-    batches = torch.randint(len(x), (steps, batch_size), generator=generator)
+    if not 1 <= batch_size <= len(x):
+        raise ValueError(f"a batch of {batch_size} from {len(x)} inputs")
+    whole = len(x) // batch_size
+    orders = [torch.randperm(len(x), generator=generator) for _ in range(0, steps, whole)]
+    batches = [b for order in orders for b in order[: whole * batch_size].split(batch_size)][:steps]
     losses = [float("nan")] * steps
     with _mode(model, training=True):
         # No explicit `disable`: it would override the environment variable.
@@ -120,6 +146,8 @@ def fit(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if after is not None and after(step + 1):
+                break
     return losses
 
 

@@ -39,13 +39,13 @@ def test_plain_stack():
 
 
 def test_leaky_stack():
-    assert [layer.negative_slope for layer in conv_stack(2, 5, negative_slope=0.2)[1::2]] == [
+    assert [layer.negative_slope for layer in conv_stack(2, 5, slope=0.2)[1::2]] == [
         0.2
     ] * 2
 
 
 def test_batchnorm_stack_and_head():
-    model = conv_stack(3, 5, batchnorm=True, downsample=2, classes=10)
+    model = conv_stack(3, 5, norm="batch", downsample=2, classes=10)
     assert kinds(model) == ["Conv2d", "BatchNorm2d", "ReLU"] * 3 + [
         "AdaptiveAvgPool2d",
         "Flatten",
@@ -98,7 +98,7 @@ def test_conv_stack_errors():
 
 def test_fit_is_the_loop_written_out(data):
     x, y = data
-    model = conv_stack(2, 3, batchnorm=True, classes=2).double()
+    model = conv_stack(2, 3, norm="batch", classes=2).double()
     twin = copy.deepcopy(model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = fit(model, x, y, optimizer=sgd, steps=4, batch_size=16, generator=generator(3))
@@ -163,7 +163,7 @@ def test_fit_stops_at_the_first_loss_that_is_not_finite(data):
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_restored_layer_by_layer(data, training):
     x, y = data
-    model = conv_stack(1, 3, batchnorm=True, classes=2).double().train(training)
+    model = conv_stack(1, 3, norm="batch", classes=2).double().train(training)
     model[1].train(not training)
     modes = [m.training for m in model.modules()]
     seen = []

@@ -1,0 +1,520 @@
+"""The training experiment: what is run, how one run is measured, and the record of all runs.
+
+`plan` says which runs there are, `train` makes one record of one run, and `sweep` trains many, in
+processes or on a Dask cluster, into a CSV file that grows row by row and can be gone on with.
+"""
+
+import copy
+import csv
+import fcntl
+import io
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pandas as pd
+import torch
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from initlab.init import gain, initialize_
+from initlab.mnist import load_mnist
+from initlab.net import Residual, accuracy, conv_stack, fit
+
+BATCH = 128
+EPOCH = 50_000 // BATCH
+LOOKS = [2**k for k in range(13)]  # steps whose loss and validation accuracy are recorded
+LOOK_PICTURES, LOOK_EVERY = 2000, 25  # to find the first step with 90 % validation accuracy
+CHANCE = 0.2  # ten digits, the most common one 10.6 % of the validation pictures
+
+RATES = (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1, 3.16e-1, 1.0, 3.16)
+GRIDS = {"sgd": (1e-2, 3.16e-2, 1e-1), "adam": (1e-3, 3.16e-3, 1e-2)}
+TUNE_SEEDS, FINAL_SEEDS, LATE_SEEDS = (0, 1), range(10, 18), (20, 21)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All settings of one training run.
+
+    Attributes:
+        stage: "tune" chooses the rate, "final" is reported, "late" goes on to 20 epochs.
+        net: "plain" or "residual" (convolutions), or "linear" (`nn.Linear` layers).
+        depth: Convolutions, or hidden linear layers.
+        width: Channels, or features.
+        norm: "none", "batch" or "group", after each convolution.
+        slope: Negative slope of each activation; 0 is a ReLU.
+        scheme: Of the weights, as in `initialize_`.
+        a: Negative slope that the scheme assumes; sqrt(5) gives n Var(w) = 1/3.
+        bias: "default" or "zeros".
+        zeroed: Whether the last convolution of each residual branch starts at 0.
+        optimizer: "sgd" (momentum 0.9) or "adam".
+        rate: Learning rate, constant.
+        seed: Of the weights and of the order of the pictures.
+        steps: Steps of 128 pictures.
+    """
+
+    stage: str = "tune"
+    net: str = "plain"
+    depth: int = 8
+    width: int = 16
+    norm: str = "none"
+    slope: float = 0.0
+    scheme: str = "default"
+    a: float = math.sqrt(5)
+    bias: str = "default"
+    zeroed: bool = False
+    optimizer: str = "sgd"
+    rate: float = 1e-2
+    seed: int = 0
+    steps: int = 3 * EPOCH
+
+
+RUN = [field.name for field in fields(Run)]
+RESULT = ["diverged", "signal", "grad_rms", "step_90", "valid_accuracy", "test_accuracy"]
+COLUMNS = [*RUN, *RESULT, *(f"loss_{k}" for k in LOOKS), *(f"valid_{k}" for k in LOOKS)]
+
+
+# ---- The plan
+
+
+def parts(slope: float = 0.0) -> list[list[Run]]:
+    """Return the arms of each part of the experiment, as runs without a rate and a seed."""
+    default = Run(slope=slope)
+    kaiming = replace(default, scheme="kaiming_normal", a=slope, bias="zeros")
+    arms = [
+        replace(init, depth=depth, optimizer=optimizer)
+        for depth in (2, 4, 8, 16)
+        for optimizer in GRIDS
+        for init in (default, kaiming)
+    ]
+    causes = [
+        replace(default, scheme=f"kaiming_{shape}", a=a, bias=bias)
+        for a in (math.sqrt(5), slope)
+        for shape in ("uniform", "normal")
+        for bias in ("default", "zeros")
+    ]
+    # The first of the eight is the default, the last Kaiming's: both are arms already
+    causes = [
+        *causes[1:-1],
+        replace(kaiming, scheme="xavier_normal", a=1.0),  # gain 1: torch's own default
+        replace(kaiming, scheme="orthogonal"),
+    ]
+    others = [
+        replace(init, optimizer=optimizer, **kind)
+        for kind in (
+            {"net": "linear", "width": 256},
+            {"net": "residual"},
+            {"net": "residual", "zeroed": True},
+            {"norm": "group"},
+        )
+        for optimizer in GRIDS
+        for init in (default, kaiming)
+    ]
+    checks = [replace(init, width=32) for init in (default, kaiming)]
+    if slope != 0.3:
+        checks += [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
+    batch = [replace(arm, norm="batch") for arm in arms]
+    return [
+        arms,
+        causes,
+        [arm for arm in batch if arm.depth < 16],
+        others,
+        [arm for arm in batch if arm.depth == 16],
+        [replace(arm, depth=16) for arm in causes],
+        checks,
+    ]
+
+
+def plan(record: pd.DataFrame | None = None, slope: float = 0.0) -> list[Run]:
+    """Return all runs that are known to belong to the experiment, given the record so far.
+
+    Part by part, first every arm at its grid of rates with `TUNE_SEEDS`. An arm that is best at
+    an end of its grid gets one rate more there, until it is not; an arm that is at chance
+    everywhere gets one more at either end. Then every arm at its best rate, by the mean validation
+    accuracy, with `FINAL_SEEDS`. At the very end, what was at chance in half of its final runs or
+    more goes on to 20 epochs at its two most promising rates, with `LATE_SEEDS`. The experiment is
+    complete when the record holds all runs of its own plan.
+
+    Args:
+        record: What `sweep` returned, or None at the very start.
+        slope: Negative slope of the activations, and what Kaiming's init assumes.
+
+    Example:
+        >>> runs = plan()
+        >>> len(runs), runs[0].stage, runs[0].rate
+        (96, 'tune', 0.01)
+    """
+    done = {} if record is None else _accuracies(record)
+    runs: list[Run] = []
+    arms = parts(slope)
+    # What is in the record belongs to the plan, also when its turn would not have come yet
+    turn = True
+    for part in arms:
+        known = [run for arm in part for run in _arm(arm, done)]
+        runs += [run for run in known if turn or run in done]
+        turn = turn and all(run in done for run in known)
+    late = [run for part in arms for arm in part for run in _late(arm, done)]
+    return runs + [run for run in late if turn or run in done]
+
+
+def _accuracies(record: pd.DataFrame) -> dict[Run, float]:
+    rows = record[RUN].to_dict("records")
+    return dict(zip((Run(**row) for row in rows), record["valid_accuracy"], strict=True))
+
+
+def tuned(arm: Run, done: Mapping[Run, float]) -> dict[float, float]:
+    """Return the mean validation accuracy of an arm at each rate at which it was tuned."""
+    means = {}
+    for rate in RATES:
+        runs = [replace(arm, stage="tune", rate=rate, seed=seed) for seed in TUNE_SEEDS]
+        if all(run in done for run in runs):
+            means[rate] = sum(done[run] for run in runs) / len(runs)
+    return means
+
+
+def _arm(arm: Run, done: Mapping[Run, float]) -> list[Run]:
+    """Return the runs of one arm, as far as they are known: tuning, and the final ones."""
+    grid = list(GRIDS[arm.optimizer])
+    while True:
+        runs = [
+            replace(arm, stage="tune", rate=rate, seed=seed) for rate in grid for seed in TUNE_SEEDS
+        ]
+        if not all(run in done for run in runs):
+            return runs
+        means = {rate: mean for rate, mean in tuned(arm, done).items() if rate in grid}
+        best = max(means, key=means.__getitem__)
+        low, high = RATES.index(grid[0]) - 1, RATES.index(grid[-1]) + 1
+        if means[best] < CHANCE:
+            more = [low, high] if len(grid) == len(GRIDS[arm.optimizer]) else []
+        else:
+            more = [low] if best == grid[0] else [high] if best == grid[-1] else []
+        if not any(0 <= index < len(RATES) for index in more):
+            return runs + [
+                replace(arm, stage="final", rate=best, seed=seed) for seed in FINAL_SEEDS
+            ]
+        grid = sorted([*grid, *(RATES[index] for index in more if 0 <= index < len(RATES))])
+
+
+def _late(arm: Run, done: Mapping[Run, float]) -> list[Run]:
+    """Return the long runs of an arm whose final runs ended at chance, by half or more."""
+    final = [run for run in _arm(arm, done) if run.stage == "final"]
+    if not final or not all(run in done for run in final):
+        return []
+    if 2 * sum(done[run] < CHANCE for run in final) < len(final):
+        return []
+    means = tuned(arm, done)
+    # Of equals, which arms at chance are to two decimals, the one nearest to the grid's middle
+    middle = GRIDS[arm.optimizer][1]
+    order = sorted(means, key=lambda rate: (-round(means[rate], 2), abs(math.log(rate / middle))))
+    return [
+        replace(arm, stage="late", rate=rate, seed=seed, steps=20 * EPOCH)
+        for rate in order[:2]
+        for seed in LATE_SEEDS
+    ]
+
+
+# ---- One run
+
+
+def build(run: Run) -> nn.Module:
+    """Return the network of a run, initialised, in training mode."""
+    if run.net == "linear":
+        act = nn.LeakyReLU(run.slope) if run.slope else nn.ReLU()
+        sizes = [28 * 28, *[run.width] * run.depth]
+        hidden = [(nn.Linear(*pair), copy.copy(act)) for pair in itertools.pairwise(sizes)]
+        head = nn.Linear(run.width, 10)
+        model = nn.Sequential(nn.Flatten(), *itertools.chain(*hidden), head)
+    else:
+        model = conv_stack(
+            run.depth,
+            run.width,
+            slope=run.slope,
+            norm=run.norm,
+            residual=run.net == "residual",
+            downsample=2,
+            classes=10,
+            pooled=2,
+        )
+    generator = Generator().manual_seed(run.seed)
+    initialize_(model, run.scheme, run.a, bias=run.bias, generator=generator)
+    with torch.no_grad():
+        if run.scheme.startswith(("xavier", "orthogonal")):  # which take no slope
+            for layer in model.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.weight *= gain(run.a)
+        for block in model.modules():
+            if run.zeroed and isinstance(block, Residual):
+                nn.init.zeros_(block[-1].weight)
+                nn.init.zeros_(block[-1].bias)
+    # The faster order of the numbers in memory, by a sixth
+    return model.to(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=1)
+def _data():
+    return load_mnist()
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train one network as `run` says, on one thread, and return its record.
+
+    The record has the fields of `Run`, `diverged` (whether a loss was not finite), `signal` and
+    `grad_rms` before the first step (see `look`), `step_90` (the first multiple of 25 steps after
+    which 2,000 validation pictures are recognised to 90 %; None if never), the accuracies on the
+    10,000 validation and the 10,000 test pictures at the end, and at steps 1, 2, 4 ... the loss of
+    the batch before the step and the accuracy on the 2,000 pictures after it. A "late" run ends
+    where it comes to 90 %.
+
+    Example:
+        >>> record = train(Run(depth=2, steps=2))
+        >>> record["diverged"], record["step_90"], round(record["loss_1"], 1)
+        (False, None, 2.3)
+    """
+    data, threads = _data(), torch.get_num_threads()
+    x, y = data.x_valid[:LOOK_PICTURES], data.y_valid[:LOOK_PICTURES]
+    torch.set_num_threads(1)
+    try:
+        model = build(run)
+        record = asdict(run) | dict.fromkeys(COLUMNS[len(RUN) :])
+        record["signal"], record["grad_rms"] = look(model, x[:500], y[:500])
+        sgd = {"momentum": 0.9} if run.optimizer == "sgd" else {}
+        kind = torch.optim.SGD if run.optimizer == "sgd" else torch.optim.Adam
+        optimizer = kind(model.parameters(), lr=run.rate, fused=True, **sgd)
+
+        def after(step: int) -> bool:
+            if step in LOOKS:
+                record[f"valid_{step}"] = accuracy(model, x, y, 250)
+            if record["step_90"] is None and step % LOOK_EVERY == 0 and _is_90(model, x, y):
+                record["step_90"] = step
+            return run.stage == "late" and record["step_90"] is not None
+
+        losses = fit(
+            model,
+            data.x_train,
+            data.y_train,
+            optimizer=optimizer,
+            steps=run.steps,
+            batch_size=BATCH,
+            # Not the generator of the weights: all inits see the same order
+            generator=Generator().manual_seed(run.seed),
+            after=after,
+        )
+        computed = [loss for loss in losses if not math.isnan(loss)]
+        record["diverged"] = len(computed) < run.steps and not (
+            run.stage == "late" and record["step_90"] is not None
+        )
+        record |= {f"loss_{k}": losses[k - 1] for k in LOOKS if k <= len(computed)}
+        record["valid_accuracy"] = accuracy(model, data.x_valid, data.y_valid, 250)
+        record["test_accuracy"] = accuracy(model, data.x_test, data.y_test, 250)
+    finally:
+        torch.set_num_threads(threads)
+    return record
+
+
+def look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return what a look at the start shows, in training mode; `model` is left as it is.
+
+    The signal of the logits: their standard deviation across inputs, as in `trace`. And the rms of
+    the gradient of the cross-entropy with respect to the first layer's weight.
+    """
+    probe = copy.deepcopy(model)
+    logits = probe(x)
+    nn.functional.cross_entropy(logits, y).backward()
+    gradient = next(probe.parameters()).grad
+    signal = logits.detach().double().var(0).mean().sqrt()
+    return signal.item(), gradient.double().square().mean().sqrt().item()
+
+
+def _is_90(model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Tell whether 90 % are recognised, without going on once too many were not."""
+    wrong, allowed = 0.0, 0.1 * len(x)
+    for xs, ys in zip(x.split(250), y.split(250), strict=True):
+        wrong += len(xs) - round(accuracy(model, xs, ys) * len(xs))
+        if wrong > allowed:
+            return False
+    return True
+
+
+# ---- The record
+
+
+def read(path: str | os.PathLike[str], runs: Iterable[Run] | None = None) -> pd.DataFrame:
+    """Read and check a record.
+
+    Raises:
+        ValueError: Naming the line: a header of other columns, a damaged row, a row that stands
+            twice, or one that is not of `runs`, if these are given.
+
+    Example:
+        >>> from initlab.sweep import read
+        >>> read("/nowhere/runs.csv")
+        Traceback (most recent call last):
+        FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/runs.csv'
+    """
+    return _parse(Path(path).read_text(encoding="utf8"), str(path), runs)
+
+
+def _parse(text: str, name: str, runs: Iterable[Run] | None) -> pd.DataFrame:
+    known = None if runs is None else set(runs)
+    header, *lines = text.splitlines() or [""]
+    if header != ",".join(COLUMNS):
+        raise ValueError(f"{name}, line 1: not the header of a record of this version")
+    rows: dict[Run, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 2):
+        try:
+            row = _row(line)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{name}, line {number}: damaged ({error})") from None
+        run = Run(**{field: row[field] for field in RUN})
+        if run in rows:
+            raise ValueError(f"{name}, line {number}: {run} stands there twice")
+        if known is not None and run not in known:
+            raise ValueError(f"{name}, line {number}: of another plan: {run}")
+        rows[run] = row
+    frame = pd.DataFrame(rows.values(), columns=COLUMNS)
+    return frame.astype({"step_90": "Int64"} | {c: float for c in COLUMNS[len(RUN) + 4 :]})
+
+
+def _row(line: str) -> dict[str, Any]:
+    """Return one row of a record with the types of its columns."""
+    (cells,) = csv.reader([line], strict=True)
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{len(cells)} cells, not {len(COLUMNS)}")
+    row: dict[str, Any] = dict(zip(COLUMNS, cells, strict=True))
+    truth = {"True": True, "False": False}
+    for field in fields(Run):
+        kind = truth.__getitem__ if field.type is bool else field.type
+        row[field.name] = kind(row[field.name])
+    row["diverged"] = truth[row["diverged"]]
+    row["step_90"] = int(row["step_90"]) if row["step_90"] else None
+    for column in COLUMNS[len(RUN) :]:
+        if column not in ("diverged", "step_90"):
+            row[column] = float(row[column]) if row[column] else math.nan
+    for column in ("valid_accuracy", "test_accuracy"):
+        if not 0 <= row[column] <= 1:
+            raise ValueError(f"{column} is {row[column]}")
+    if row["step_90"] is not None and not 0 < row["step_90"] <= row["steps"]:
+        raise ValueError(f"step_90 is {row['step_90']} of {row['steps']} steps")
+    return row
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Return a record as one line; results have six digits, settings all of theirs."""
+
+    def cell(column: str, value: Any) -> Any:
+        return f"{value:.6g}" if isinstance(value, float) and column not in RUN else value
+
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerow([cell(c, record[c]) for c in COLUMNS])
+    return out.getvalue()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[io.FileIO]:
+    """Open a record to read and append, for one process alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
+        except OSError:
+            raise RuntimeError(f"{path}: another sweep is writing to it") from None
+        yield file
+
+
+def sweep(
+    runs: Iterable[Run],
+    path: str | os.PathLike[str],
+    jobs: int = 1,
+    dask: str | None = None,
+) -> pd.DataFrame:
+    """Train all `runs` that the record at `path` does not hold yet, and return the record.
+
+    Each finished run is appended as one row at once. Killed at any moment, the next call goes on:
+    it loses the runs that were under way, and a row that was cut short.
+
+    Args:
+        runs: All runs of the record, those done before included.
+        path: The CSV file; made if there is none.
+        jobs: Local processes.
+        dask: Address of a Dask scheduler whose workers train in place of local processes.
+
+    Returns:
+        One row a run, in the order of `runs`.
+
+    Raises:
+        RuntimeError: Another sweep is writing to the file.
+        ValueError: The file holds a damaged row, or a run that is not among `runs`; see `read`.
+    """
+    runs, path = list(dict.fromkeys(runs)), Path(path)
+    with _locked(path) as file:
+        file.seek(0)
+        text = file.read()
+        whole = text.rfind(b"\n") + 1  # what follows is a row cut short
+        if whole < len(text):
+            file.truncate(whole)
+        if not whole:
+            file.write((",".join(COLUMNS) + "\n").encode())
+        done = _accuracies(_parse(text[:whole].decode(), str(path), runs)) if whole else {}
+        # The longest first, so that none is left alone at the end
+        left = sorted((run for run in runs if run not in done), key=_cost, reverse=True)
+        with (
+            tqdm(total=sum(map(_cost, left)), unit_scale=True, unit="work", desc="sweep") as bar,
+            _workers(jobs, dask) as workers,
+        ):
+            for record in workers(joblib.delayed(train)(run) for run in left):
+                file.write(_line(record).encode())
+                os.fsync(file)
+                bar.update(_cost(Run(**{field: record[field] for field in RUN})))
+    record = read(path, runs)
+    order = {run: number for number, run in enumerate(runs)}
+    return record.iloc[sorted(range(len(record)), key=lambda i: order[_run(record.iloc[i])])]
+
+
+def _run(row: pd.Series) -> Run:
+    return Run(**{field: row[field] for field in RUN})
+
+
+def _cost(run: Run) -> int:
+    """Return the work of a run, in steps of one convolution of 16 channels, roughly."""
+    return run.steps * (run.depth + 2) * (1 if run.net == "linear" else run.width // 8)
+
+
+@contextmanager
+def _workers(jobs: int, dask: str | None) -> Iterator[joblib.Parallel]:
+    """Hand out a joblib.Parallel on local processes, or on a Dask cluster."""
+    options = {"return_as": "generator_unordered"}
+    if dask is None:
+        yield joblib.Parallel(n_jobs=jobs, **options)
+        return
+    from distributed import Client  # not needed otherwise
+
+    with Client(dask), joblib.parallel_config(backend="dask"):
+        yield joblib.Parallel(**options)
+
+
+def add_command(commands: Any) -> None:
+    """Add `sweep` to the commands of `python -m initlab`."""
+    command = commands.add_parser("sweep", help="run the training experiment, or go on with it")
+    command.add_argument("--jobs", type=int, default=os.cpu_count(), help="local processes")
+    command.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
+    command.add_argument("--out", type=Path, default=Path("runs.csv"), metavar="FILE")
+    command.add_argument("--slope", type=float, default=0.0, help="of every activation below 0")
+    command.set_defaults(func=main)
+
+
+def main(args: Any) -> int:
+    """Sweep stage after stage, until the record is complete."""
+    record = read(args.out) if args.out.exists() else None
+    while True:
+        runs = plan(record, args.slope)
+        if record is not None and len(record) >= len(runs):
+            print(f"{args.out}: complete, {len(record)} runs")
+            return 0
+        record = sweep(runs, args.out, args.jobs, args.dask)
