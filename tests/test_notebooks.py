@@ -1,64 +1,128 @@
-"""The notebooks as documents: complete, clean, and true for other slopes than the stored ones."""
+"""The notebooks as documents: complete, clean, and true for other values than the stored ones."""
 
 import ast
 import base64
-import importlib.util
 import re
 from pathlib import Path
+from statistics import median
+from urllib.parse import unquote
 
 import nbformat
 import pytest
-
-from conftest import FIGURE_TOLERANCE, figure_difference
+import regenerate
+from figures import FIGURE_TOLERANCE, figure_difference
+from regenerate import tags
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+NOT_YET_SHORT = ("01", "02", "03", "04", "05", "06", "07")  # still to be rewritten in short cells
+FOLDED = {"check", "stored", "figure"}
 
-spec = importlib.util.spec_from_file_location("regenerate", ROOT / "notebooks" / "regenerate.py")
-regenerate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(regenerate)
-
-# Per notebook: the source text that sets its slopes, and what a reader might put there.
-SMALL = {  # of training, which would take minutes
-    "seeds = (0, 1, 2)": "seeds = (0, 1)",
-    "depths = (2, 4, 8)": "depths = (2, 4)",
-    "\nsteps = 60": "\nsteps = 10",
-    "long_steps, long_rate = 300": "long_steps, long_rate = 20",
-    "residual_rates = (0.003, 0.01, 0.03, 0.1, 0.3)": "residual_rates = (0.01, 0.03)",
-}
-FEWER = {"n_draws = 200": "n_draws = 50"}
-OTHER_SLOPES = [
-    ("01", {"slopes = (math.sqrt(5), 1.0, 0.0)": "slopes = (0.3, 0.7, 1.5)"}),
-    ("02", {"slopes = (1.0, 0.0, 0.01)": "slopes = (0.3, 0.7, 1.5)"}),
-    ("03", {"slopes = (1.0, 0.0, 0.01)": "slopes = (0.3, 0.7, 1.5)"}),
-    ("04", {"slope = 0.0  #": "slope = 0.3  #", "= (0.0, 1.0, math.sqrt(5))": "= (0.3, 0.7, 1.5)"}),
-    ("04", FEWER | {"slope = 0.0  #": "slope = 0.7  #", "seed = 0": "seed = 1"}),
-    ("04", FEWER | {"slope = 0.0  #": "slope = 1.5  #", "seed = 0": "seed = 2"}),
-    # Its map has the other slopes, from 0 to 2.5 in steps of 0.1
-    ("05", {"slope = 0.0  #": "slope = 0.7  #", "n_draws = 1000": "n_draws = 100"}),
+# What a reader might put into the cell of parameters: each parameter of a notebook once smaller
+# and once larger than stored, in as few runs as that takes. Values are source texts.
+OTHER_VALUES = [
+    ("01", {"seed": "1", "slopes": "(0.3,)", "n_draws": "3"}),
+    ("01", {"seed": "77", "slopes": "(0.3, 0.7, 1.5, 4)", "n_draws": "320"}),
+    ("02", {"seed": "1", "slopes": "(0.3,)", "n_draws": "3"}),
+    ("02", {"seed": "77", "slopes": "(0.3, 0.7, 1.5, 4)", "n_draws": "320"}),
+    ("03", {"seed": "1", "slopes": "(0.3,)", "n_draws": "3", "n_runs": "2"}),
+    ("03", {"seed": "77", "slopes": "(0.3, 0.7, 1.5, 4)", "n_draws": "320", "n_runs": "30"}),
     (
-        "06",
-        FEWER
-        | {
-            "slope = 0.0  #": "slope = 0.3  #",
-            "((0.0, 0.0), (1.0, 0.0)": "((0.7, 0.7), (1.5, 0.3)",
-            "n_nets = 4": "n_nets = 2",
+        "04",
+        {
+            "seed": "1",
+            "slope": "0.3",
+            "init_slopes": "(0.7,)",
+            "act_slopes": "(0.3, 1.5)",
+            "n_draws": "3",
         },
     ),
-    ("07", SMALL | {"slope = 0.0  #": "slope = 0.3  #"}),
+    (
+        "04",
+        {
+            "seed": "77",
+            "slope": "1.5",
+            "init_slopes": "(0.3, 0.7, 1.5, 4)",
+            "act_slopes": "(0.0, 0.7)",
+            "n_draws": "220",
+        },
+    ),
+    ("05", {"seed": "1", "slope": "0.3", "max_slope": "0.5", "n_draws": "100"}),
+    ("05", {"seed": "77", "slope": "1.5", "max_slope": "3.0", "n_draws": "1010"}),
+    (
+        "06",
+        {
+            "seed": "1",
+            "slope": "0.3",
+            "pairs": "((0.7, 0.7),)",
+            "depth": "1",
+            "n_draws": "3",
+            "n_nets": "1",
+        },
+    ),
+    (
+        "06",
+        {
+            "seed": "77",
+            "slope": "1.5",
+            "pairs": "((1.5, 0.3), (0.0, 0.0))",
+            "depth": "35",
+            "n_draws": "210",
+            "n_nets": "5",
+        },
+    ),
+    (
+        "07",
+        {
+            "seeds": "(3, 4)",
+            "depths": "(2, 3)",
+            "steps": "10",
+            "long_steps": "20",
+            "long_rate": "0.01",
+            "slope": "0.3",
+            "rates": '{"SGD": (0.03, 0.1), "Adam": (0.003, 0.01)}',
+            "residual_rates": "(0.01, 0.03)",
+            "channels": "8",
+            "batch_size": "8",
+            "n_valid": "500",
+        },
+    ),
 ]
+LEFT_OUT = {"07": "all but the slope only make it slower"}  # of the larger values
 
 
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def tags(cell):
-    return cell.metadata.get("tags", [])
+def own(name):
+    (path,) = (path for path in NOTEBOOKS if path.name.startswith(name))
+    return path
 
 
-def test_there_are_notebooks_and_each_has_other_slopes():
-    assert [path.name[:2] for path in NOTEBOOKS] == sorted({name for name, _ in OTHER_SLOPES})
+def folded(cell):
+    return not FOLDED.isdisjoint(tags(cell))
+
+
+def headings(path):
+    """Return the anchors of the headings: a notebook's as Jupyter's, a text's as GitHub's."""
+    if path.suffix != ".ipynb":
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
+    titles = re.findall(r"^#+ (.*)$", "\n".join(cell.source for cell in cells), re.MULTILINE)
+    return {re.sub(r"[`*$]", "", title).replace(" ", "-") for title in titles}
+
+
+def links(text):
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+short = pytest.mark.parametrize(
+    "path",
+    [path for path in NOTEBOOKS if not path.name.startswith(NOT_YET_SHORT)],
+    ids=lambda path: path.stem,
+)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -89,14 +153,44 @@ def test_has_the_parts_of_the_series(path):
             assert "slider" in cell.source.lower()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_links_lead_to_files(path):
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            for target in cell.source.split("](")[1:]:
-                target = target.split(")")[0]
-                assert "://" in target or (path.parent / target).exists(), target
+@short
+def test_cells_are_short_and_what_teaches_nothing_is_folded(path):
+    cells = code(nbformat.read(path, as_version=4))
+    for cell in cells:
+        assert folded(cell) == cell.metadata.get("jupyter", {}).get("source_hidden", False)
+    # Lines that are not blank, as a formatter puts blank ones
+    lines = [(len(re.findall(r"^.*\S", c.source, re.MULTILINE)), c) for c in cells]
+    assert median(n for n, cell in lines if not folded(cell)) <= 5
+    long = [cell.source for n, cell in lines if n > 15 and "by-hand" not in tags(cell)]
+    assert long == []
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda path: path.stem)
+def test_links_lead_to_files_and_their_sections(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for link in links(text):
+        name, _, section = link.partition("#")
+        if "://" not in link:
+            target = path.parent / unquote(name) if name else path
+            assert target.exists(), link
+            assert not section or unquote(section) in headings(target), link
+
+
+def test_table_for_the_practitioner_links_sections():
+    tables = []
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if "## For the practitioner" in cell.source:
+                tables.append((path, cell.source.partition("## For the practitioner")[2]))
+    ((path, text),) = tables
+    if path.name.startswith(NOT_YET_SHORT):
+        pytest.skip("its notebook is still to be rewritten")
+    rows = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    assert rows
+    assert [row for row in rows if not any("#" in link for link in links(row))] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -105,7 +199,7 @@ def test_figures_are_small_and_described(path):
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 assert output.metadata["image/png"]["alt"]
-                assert len(output.data["image/png"]) * 3 / 4 < 60_000
+                assert len(output.data["image/png"]) * 3 / 4 < 100_000
 
 
 def test_pictures_are_figures_of_the_notebooks():
@@ -131,9 +225,12 @@ def numbers(text):
 
 def shown(notebook):
     """Return the numbers that code cells hold or put out."""
-    outputs = [o.get("text", "") for cell in code(notebook) for o in cell.outputs]
-    sources = [cell.source for cell in code(notebook)]
-    return [float(number) for text in outputs + sources for number in numbers(text)]
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    texts = [output.get("text", "") for output in outputs]
+    for kind in ("text/plain", "text/html"):
+        texts += [output.get("data", {}).get(kind, "") for output in outputs]
+    texts += [cell.source for cell in code(notebook)]
+    return [float(number) for text in texts for number in numbers(text)]
 
 
 def is_rounded_from(number, found):
@@ -171,7 +268,7 @@ def test_example_of_the_readme_gives_the_numbers_of_its_comments():
         found = [float(number) for number in numbers(str(eval(statement, names)))]
         for number in numbers(comment):
             if "near" in comment:  # what is random
-                assert min(abs(float(number) / x - 1) for x in found) < 0.1, line
+                assert any(abs(float(number) - x) < 0.1 * abs(x) for x in found), line
             else:
                 assert is_rounded_from(number, found), line
             checked += 1
@@ -187,15 +284,45 @@ assert readout.value == str(with_init(1.0).at(0.5))
 """
 
 
-@pytest.mark.parametrize(("name", "replace"), OTHER_SLOPES)
-def test_holds_for_other_slopes(name, replace):
-    (path,) = (path for path in NOTEBOOKS if path.name.startswith(name))
-    notebook = regenerate.changed(path, replace)
-    sliders = [cell for cell in code(notebook) if "nbval-skip" in tags(cell)]
-    assert len(sliders) == (name == "05")
-    for cell in sliders:
-        cell.source += SET_SLIDERS
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_other_values_are_smaller_and_larger_than_each_stored_one(path):
+    name = path.name[:2]
+    (cell,) = (c for c in code(nbformat.read(path, as_version=4)) if "parameters" in tags(c))
+    others = [values for other, values in OTHER_VALUES if other == name]
+    for parameter, stored in regenerate.parameters(cell.source).items():
+        texts = {values[parameter] for values in others if parameter in values}
+        assert texts, parameter
+        assert ast.unparse(stored) not in texts, parameter
+        if isinstance(stored, ast.Constant) and isinstance(stored.value, int | float):
+            numbers = [ast.literal_eval(text) for text in texts]
+            assert stored.value == 0 or min(numbers) < stored.value, parameter
+            assert name in LEFT_OUT or stored.value < max(numbers), parameter
+
+
+def test_changed_sets_parameters_by_name_and_leaves_out_what_is_stored(tmp_path):
+    new = nbformat.v4
+    source = "a = 1  # ä: one\nb, c = 2, (\n    3,\n)  # two\nd = 'ö'; e = 5"
+    cells = [
+        new.new_code_cell(source, metadata={"tags": ["parameters"]}),
+        new.new_code_cell("a = 1", metadata={"tags": ["stored"]}),
+        new.new_code_cell("a = 1"),
+    ]
+    path = tmp_path / "notebook.ipynb"
+    nbformat.write(new.new_notebook(cells=cells), path)
+    notebook = regenerate.changed(path, {"a": "10", "c": "(4, 5)", "b": "'é'", "e": "6"})
+    expected = "a = 10  # ä: one\nb, c = 'é', (4, 5)  # two\nd = 'ö'; e = 6"
+    assert [cell.source for cell in notebook.cells] == [expected, "a = 1"]
+    with pytest.raises(ValueError, match="no parameter f, but a, b, c, d, e"):
+        regenerate.changed(path, {"f": "1"})
+
+
+@pytest.mark.parametrize(("name", "values"), OTHER_VALUES)
+def test_holds_for_other_values(name, values):
+    notebook = regenerate.changed(own(name), values)
+    for cell in code(notebook):
+        if "nbval-skip" in tags(cell):
+            cell.source += SET_SLIDERS
     regenerate.run(notebook)
-    stored = nbformat.read(path, as_version=4)
-    pairs = zip(code(notebook), code(stored), strict=True)
+    stored = [c for c in code(nbformat.read(own(name), as_version=4)) if "stored" not in tags(c)]
+    pairs = zip(code(notebook), stored, strict=True)
     assert any(new.outputs != old.outputs for new, old in pairs)

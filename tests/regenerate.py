@@ -1,11 +1,12 @@
 """Execute the notebooks anew, in clean kernels, and store their outputs and pictures.
 
-    python notebooks/regenerate.py            all of them
-    python notebooks/regenerate.py 02 04      those whose names begin so
+    python tests/regenerate.py            all of them
+    python tests/regenerate.py 02 04      those whose names begin so
 
 A figure cell tagged `imgs/NAME.png` also becomes that file.
 """
 
+import ast
 import base64
 import os
 import sys
@@ -14,17 +15,43 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
 
 
-def changed(path: Path, replace: dict[str, str]) -> nbformat.NotebookNode:
-    """Read a notebook whose source texts, the keys of `replace`, give way to other ones."""
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def parameters(source: str) -> dict[str, ast.expr]:
+    """Return what `source` assigns, by name: also of `a, b = 1, 2`, each its own."""
+    found = {}
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign):
+            (target,), value = statement.targets, statement.value
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple):
+                pairs = zip(target.elts, value.elts, strict=True)
+            found |= {name.id: expression for name, expression in pairs}
+    return found
+
+
+def changed(path: Path, values: dict[str, str]) -> nbformat.NotebookNode:
+    """Read a notebook with other values, source texts by name, in its cell of parameters.
+
+    The cells tagged `stored`, whose claims are about the stored values, are left out.
+    """
     notebook = nbformat.read(path, as_version=4)
-    for old, new in replace.items():
-        cells = [cell for cell in notebook.cells if old in cell.source]
-        if len(cells) != 1:
-            raise ValueError(f"{path.name}: {old!r} stands in {len(cells)} cells, not in one")
-        cells[0].source = cells[0].source.replace(old, new)
+    notebook.cells = [cell for cell in notebook.cells if "stored" not in tags(cell)]
+    (cell,) = (cell for cell in notebook.cells if "parameters" in tags(cell))
+    for name, value in values.items():
+        found = parameters(cell.source)
+        if name not in found:
+            raise ValueError(f"{path.name} has no parameter {name}, but {', '.join(found)}")
+        old, lines = found[name], cell.source.encode().splitlines(keepends=True)
+        before = [*lines[: old.lineno - 1], lines[old.lineno - 1][: old.col_offset]]
+        after = [lines[old.end_lineno - 1][old.end_col_offset :], *lines[old.end_lineno :]]
+        cell.source = b"".join([*before, value.encode(), *after]).decode()
     return notebook
 
 
@@ -36,7 +63,7 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         timeout=600,
         record_timing=False,
         coalesce_streams=True,
-        resources={"metadata": {"path": str(HERE)}},
+        resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
     return client.execute()
 
@@ -45,7 +72,7 @@ def pictures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
     """Return the figures that also stand under imgs/, by file name, as PNG bytes."""
     found = {}
     for cell in notebook.cells:
-        for tag in cell.metadata.get("tags", []):
+        for tag in tags(cell):
             if tag.startswith("imgs/"):
                 (png,) = (o.data["image/png"] for o in cell.outputs if "image/png" in o.data)
                 found[tag.removeprefix("imgs/")] = base64.b64decode(png)
@@ -54,7 +81,7 @@ def pictures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
 
 def main(prefixes: list[str]) -> None:
     """Regenerate the notebooks whose names begin with one of `prefixes`; without any, all."""
-    paths = sorted(HERE.glob("[0-9]*.ipynb"))
+    paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     for prefix in prefixes:
         if not any(path.name.startswith(prefix) for path in paths):
             raise SystemExit(f"no notebook's name begins with {prefix}")
@@ -64,7 +91,7 @@ def main(prefixes: list[str]) -> None:
         print(path.name, flush=True)
         notebook = run(nbformat.read(path, as_version=4))
         for cell in notebook.cells:
-            if "nbval-skip" in cell.metadata.get("tags", []):
+            if "nbval-skip" in tags(cell):
                 cell.outputs = []  # a slider needs a kernel: a stored page cannot show it
         # What varies from machine to machine and tells a reader nothing
         notebook.metadata = {
@@ -73,7 +100,7 @@ def main(prefixes: list[str]) -> None:
         }
         nbformat.write(notebook, path)
         for name, png in pictures(notebook).items():
-            (HERE.parent / "imgs" / name).write_bytes(png)
+            (ROOT / "imgs" / name).write_bytes(png)
 
 
 if __name__ == "__main__":

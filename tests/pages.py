@@ -1,0 +1,160 @@
+"""Write the README and the stored notebooks as HTML pages that need no network.
+
+    python tests/pages.py [--out html]
+
+Nothing is executed. Formulas become MathML, pictures are part of their page, links to notebooks
+lead to their pages. Code cells that only check or draw are folded.
+"""
+
+import argparse
+import base64
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+from bs4 import BeautifulSoup
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from pygments.formatters import HtmlFormatter
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDED = {"check", "stored", "figure"}  # tags; a cell with a hidden source is folded too
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+PAGES = {ROOT / "README.md": "index.html", ROOT / "data" / "README.md": "data.html"}
+PAGES |= {path: f"{path.stem}.html" for path in NOTEBOOKS}
+
+TEMPLATE = """{% extends "base/display_priority.j2" %}
+{% block header %}<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ resources.title }}</title><link rel="icon" href="data:,">
+<style>{{ resources.css }}</style></head>
+<body><nav aria-label="The parts of the series">
+{% for page, name, title in resources.links -%}
+<a href="{{ page }}" title="{{ title | e }}"
+{%- if title == resources.title %} aria-current="page"{% endif %}>{{ name }}</a>
+{% endfor -%}
+</nav><main>{% endblock %}
+{% block footer %}</main></body></html>{% endblock %}
+{% block markdowncell %}{{ cell.source | markdown2html }}{% endblock %}
+{% block input %}
+{%- if cell | is_folded %}<details><summary>show the code
+{%- if "check" in cell.metadata.tags or "stored" in cell.metadata.tags %} of the check{% endif %}
+{%- if "figure" in cell.metadata.tags %} of the figure{% endif %}</summary>{% endif %}
+{{- cell.source | highlight_code(metadata=cell.metadata) }}
+{%- if cell | is_folded %}</details>{% endif %}{% endblock %}
+{% block output %}<div class="output">{{ super() }}</div>{% endblock %}
+{% block execute_result %}{{ self.display_data() }}{% endblock %}
+{% block stream %}<pre>{{ output.text | ansi2html }}</pre>{% endblock %}
+{% block data_text %}<pre>{{ output.data["text/plain"] | ansi2html }}</pre>{% endblock %}
+{% block data_html %}{{ output.data["text/html"] }}{% endblock %}
+{% block data_png %}{% set shown = output.metadata["image/png"] or {} %}
+<img src="data:image/png;base64,{{ output.data["image/png"] | replace("\n", "") }}"
+{%- for key in ("alt", "width", "height") if key in shown %} {{ key }}="{{ shown[key] | e }}"
+{%- endfor %}>{% endblock %}"""
+
+
+def mathml(latex: str, display: str = "inline") -> str:
+    """Return a formula as MathML."""
+    tilde = "<mi>&#x0007E;</mi>"  # what the converter makes of \sim, which is a relation
+    return convert(latex, display=display).replace(tilde, "<mo>∼</mo>")
+
+
+class Renderer(IPythonRenderer):
+    """Markdown with formulas that the browser itself draws."""
+
+    def inline_math(self, body: str) -> str:
+        return mathml(body)
+
+    def block_math(self, body: str) -> str:
+        return f'<span class="wide">{mathml(body, "block")}</span>'
+
+
+def markdown(source: str) -> str:
+    renderer = Renderer(escape=False, exclude_anchor_links=True)
+    return MarkdownWithMath(renderer=renderer).render(source)
+
+
+def is_folded(cell: nbformat.NotebookNode) -> bool:
+    hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+    return hidden or not FOLDED.isdisjoint(cell.metadata.get("tags", []))
+
+
+def slug(heading: str) -> str:
+    """Return the anchor of a heading: GitHub's, to which Jupyter's is mapped too."""
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def css() -> str:
+    """Return our style, with the colours of code in light and in dark mode."""
+    light, dark = (
+        HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
+        for style in ("xcode", "github-dark")
+    )
+    dark = f"@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
+    return f"{light}\n{dark}\n{Path(__file__).with_suffix('.css').read_text()}"
+
+
+def localize(html: str, source: Path, out: Path) -> str:
+    """Point the links of `source` to pages, put its pictures in, name its sections."""
+    soup = BeautifulSoup(html, "html.parser")
+    for heading in soup.find_all(re.compile("^h[1-6]$")):
+        heading["id"] = slug(heading.get_text())
+    for table in soup("table"):
+        table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
+    for picture in soup("img"):  # which scrolls on a phone before it is too small to read
+        picture["style"] = f"min-width: min(30rem, {picture.get('width', 999)}px)"
+        picture.wrap(soup.new_tag("span", attrs={"class": "wide"}))
+    for tag in soup.find_all(["a", "img"]):
+        key = "src" if tag.name == "img" else "href"
+        url = urlsplit(tag.get(key, ""))
+        path = (source.parent / unquote(url.path)).resolve() if url.path else source
+        if url.scheme or (tag.name == "a" and tag.find_parent("nav")):
+            continue
+        if tag.name == "img":
+            data = base64.b64encode(path.read_bytes()).decode()
+            tag[key] = f"data:image/{path.suffix[1:].replace('svg', 'svg+xml')};base64,{data}"
+            continue
+        if path not in PAGES:  # another file of the repository
+            (out / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, out / path.relative_to(ROOT))
+        page = PAGES.get(path, path.relative_to(ROOT).as_posix())
+        tag[key] = page + (f"#{slug(unquote(url.fragment))}" if url.fragment else "")
+    return str(soup)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """Read a notebook, or a text as a notebook of one cell."""
+    if path.suffix == ".ipynb":
+        return nbformat.read(path, as_version=4)
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text())])
+
+
+def write(out: Path) -> list[Path]:
+    """Write all pages into the folder `out` and return their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    exporter = HTMLExporter(
+        template_name="basic",
+        raw_template=TEMPLATE,
+        filters={"markdown2html": markdown, "is_folded": is_folded},
+    )
+    notebooks = {path: read(path) for path in PAGES}
+    titles = {path: nb.cells[0].source.partition("\n")[0] for path, nb in notebooks.items()}
+    titles = {path: title.lstrip("# ") for path, title in titles.items()}
+    names = {ROOT / "README.md": "Start"} | {path: str(int(path.stem[:2])) for path in NOTEBOOKS}
+    links = [(PAGES[path], name, titles[path]) for path, name in names.items()]
+    for path, notebook in notebooks.items():
+        resources = {"title": titles[path], "links": links, "css": css()}
+        html, _ = exporter.from_notebook_node(notebook, resources)
+        (out / PAGES[path]).write_text(localize(html, path, out))
+    return [out / page for page in PAGES.values()]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "html", help="the folder to write into")
+    for page in write(parser.parse_args().out):
+        print(page)
