@@ -6,7 +6,7 @@ from initlab.init import fans, gain, initialize_
 from initlab.moments import Drawn, Moments, Predicted
 from initlab.predict import predict
 from initlab.stats import Stats, stats
-from initlab.trace import LayerTrace, Trace, trace
+from initlab.tracing import LayerTrace, Trace, trace
 from initlab.net import accuracy, conv_stack, fit
 
 __all__ = [

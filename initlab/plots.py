@@ -10,7 +10,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from initlab.trace import LayerTrace
+from initlab.tracing import LayerTrace
 
 LABELS = {"signal": "std across inputs", "grad_rms": "rms of the gradient"}
 

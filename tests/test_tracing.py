@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from initlab.trace import TRACED, LayerTrace, Trace, trace
+from initlab.tracing import TRACED, LayerTrace, Trace, trace
 
 
 class Block(nn.Module):
