@@ -39,9 +39,7 @@ def test_plain_stack():
 
 
 def test_leaky_stack():
-    assert [layer.negative_slope for layer in conv_stack(2, 5, slope=0.2)[1::2]] == [
-        0.2
-    ] * 2
+    assert [layer.negative_slope for layer in conv_stack(2, 5, slope=0.2)[1::2]] == [0.2] * 2
 
 
 def test_batchnorm_stack_and_head():
@@ -56,6 +54,13 @@ def test_batchnorm_stack_and_head():
     x = torch.randn(2, 1, 28, 28, generator=generator())
     by_hand = model[-1](model[:9].eval()(x).mean((2, 3)))
     torch.testing.assert_close(model.eval()(x), by_hand)
+
+
+def test_group_norm_normalises_each_picture():
+    model = conv_stack(1, 5, norm="group")
+    assert kinds(model) == ["Conv2d", "GroupNorm", "ReLU"]
+    y = model[:2](torch.randn(3, 1, 8, 8, generator=generator()))
+    torch.testing.assert_close(y.square().mean((1, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
 
 
 def test_pooled_head():
@@ -75,11 +80,11 @@ def test_residual_stack(depth, downsample, stem):
     torch.testing.assert_close(block(x), x + block[2](block[0](x).relu()))
 
 
-@pytest.mark.parametrize("batchnorm", [False, True])
-def test_a_branch_set_to_zero_is_the_identity(batchnorm):
-    block = conv_stack(3, 4, batchnorm=batchnorm, residual=True)[-1]
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_branch_set_to_zero_is_the_identity(norm):
+    block = conv_stack(3, 4, norm=norm, residual=True)[-1]
     assert isinstance(block, Residual)
-    assert kinds(block)[-1] == ("BatchNorm2d" if batchnorm else "Conv2d")
+    assert kinds(block)[-1] == ("BatchNorm2d" if norm == "batch" else "Conv2d")
     x = torch.randn(2, 4, 6, 6, generator=generator())
     assert not torch.equal(block(x), x)
     nn.init.zeros_(block[-1].weight)
@@ -92,6 +97,8 @@ def test_conv_stack_errors():
         conv_stack(0)
     with pytest.raises(ValueError, match="downsample <= depth"):
         conv_stack(1, downsample=2)
+    with pytest.raises(ValueError, match="unknown norm 'layer'; known are none, batch, group"):
+        conv_stack(1, norm="layer")
     with pytest.raises(ValueError, match="3 convolutions after the first 1 do not pair"):
         conv_stack(4, residual=True)
 
@@ -105,7 +112,9 @@ def test_fit_is_the_loop_written_out(data):
 
     expected = []
     sgd = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    for batch in torch.randint(40, (4, 16), generator=generator(3)):
+    draws = generator(3)
+    orders = [torch.randperm(40, generator=draws) for _ in range(2)]  # two batches each, 8 left out
+    for batch in [part for order in orders for part in order[:32].split(16)]:
         loss = functional.cross_entropy(twin(x[batch]), y[batch])
         expected.append(loss.item())
         sgd.zero_grad()
@@ -160,6 +169,24 @@ def test_fit_stops_at_the_first_loss_that_is_not_finite(data):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_after_each_step_and_an_early_end(data):
+    x, y = data
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
+    seen = []
+    losses = fit(
+        model,
+        x,
+        y,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        steps=6,
+        batch_size=8,
+        generator=generator(),
+        after=lambda step: seen.append((step, model.training)) or step == 3,
+    )
+    assert seen == [(1, True), (2, True), (3, True)]
+    assert [math.isfinite(loss) for loss in losses] == [True] * 3 + [False] * 3
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_restored_layer_by_layer(data, training):
     x, y = data
@@ -197,6 +224,8 @@ def test_lengths_must_agree(data):
         accuracy(nn.Flatten(), x, y[:-1])
     with pytest.raises(ValueError, match="40 inputs but 39 labels"):
         fit(None, x, y[:-1], optimizer=None, steps=1, batch_size=1, generator=generator())
+    with pytest.raises(ValueError, match="a batch of 41 from 40 inputs"):
+        fit(None, x, y, optimizer=None, steps=1, batch_size=41, generator=generator())
     with pytest.raises(ValueError, match="0 inputs but 0 labels"):
         accuracy(nn.Flatten(), x[:0], y[:0])
 

@@ -1,0 +1,273 @@
+"""The engine of the training experiment, on runs of a few steps; its plan, on results made up."""
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from initlab import __main__ as command
+from initlab import sweep as engine
+from initlab.net import Residual, accuracy, conv_stack
+from initlab.sweep import (
+    FINAL_SEEDS,
+    LOOKS,
+    RATES,
+    Run,
+    build,
+    look,
+    parts,
+    plan,
+    read,
+    sweep,
+    train,
+)
+
+SHORT = [
+    Run(depth=2, steps=3, seed=4),
+    Run(depth=4, steps=2, norm="batch", optimizer="adam", rate=1e-3),
+    Run(net="linear", depth=2, width=8, steps=2, scheme="kaiming_normal", a=0.0, bias="zeros"),
+    Run(net="residual", depth=4, steps=2, zeroed=True, slope=0.3),
+]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "one.csv"
+    return sweep(SHORT, path), path
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def test_a_record_has_the_settings_and_the_results(record):
+    frame, path = record
+    assert [Run(**row) for row in frame[engine.RUN].to_dict("records")] == SHORT
+    assert read(path, SHORT).equals(frame.sort_index())
+    assert not frame["diverged"].any()
+    assert frame["step_90"].isna().all()
+    for column in ("loss_1", "loss_2", "valid_1", "valid_2", "signal", "grad_rms"):
+        assert frame[column].notna().all()
+    assert frame["loss_4"].isna().all()
+    assert frame["loss_1"].between(2, 3.5).all()
+
+
+def test_processes_and_dask_give_the_same_records(record, tmp_path):
+    from distributed import LocalCluster
+
+    expected = sorted(lines(record[1]))
+    sweep(SHORT, tmp_path / "two.csv", jobs=2)
+    assert sorted(lines(tmp_path / "two.csv")) == expected
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        sweep(SHORT, tmp_path / "dask.csv", dask=cluster.scheduler_address)
+    assert sorted(lines(tmp_path / "dask.csv")) == expected
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    path, runs = tmp_path / "runs.csv", [Run(depth=2, steps=2, seed=seed) for seed in range(6)]
+    code = (
+        "from initlab.sweep import Run, sweep\n"
+        f"sweep([Run(depth=2, steps=2, seed=s) for s in range(6)], {str(path)!r}, jobs=2)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"TQDM_DISABLE": "1"}, start_new_session=True
+    )
+    while process.poll() is None and not (path.exists() and len(lines(path)) > 2):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = lines(path)
+    assert len(before) > 2
+    read(path, runs)  # no torn and no doubled row
+    frame = sweep(runs, path)
+    assert lines(path)[: len(before)] == before
+    assert frame["seed"].tolist() == list(range(6))
+
+
+def test_a_row_cut_short_is_done_again(record, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text(record[1].read_text()[:-40])
+    assert sweep(SHORT, path).equals(sweep(SHORT, path))
+    assert sorted(lines(path)) == sorted(lines(record[1]))
+    path.write_text(lines(record[1])[0][:50])  # killed within the header
+    sweep(SHORT[:1], path)
+    assert len(lines(path)) == 2
+
+
+def test_two_sweeps_on_one_file(tmp_path):
+    path = tmp_path / "runs.csv"
+    with engine._locked(path), pytest.raises(RuntimeError, match="another sweep is writing to it"):
+        sweep(SHORT, path)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda rows: [rows[0].replace("rate,", "lr,"), *rows[1:]], "line 1: not the header"),
+        (lambda rows: [*rows, rows[2]], r"line 6: Run\(.* stands there twice"),
+        (lambda rows: [*rows[:2], rows[2][:30], *rows[3:]], "line 3: damaged .*cells, not"),
+        (lambda rows: [*rows[:2], rows[2].replace(",16,", ",x,", 1), *rows[3:]], "line 3: damaged"),
+        (lambda rows: [*rows[:2], "", *rows[2:]], "line 3: damaged"),
+        (lambda rows: [*rows, rows[2].replace("tune,", "final,")], "line 6: of another plan"),
+        (lambda rows: [rows[0], rows[1].replace("False", "no")], "line 2: damaged"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_line_and_kept(record, tmp_path, damage, message):
+    path = tmp_path / "runs.csv"
+    text = "\n".join(damage(lines(record[1]))) + "\n"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        sweep(SHORT, path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(("column", "value"), [("test_accuracy", 1.2), ("step_90", 99)])
+def test_values_out_of_range_are_damage(column, value):
+    row = train(SHORT[0]) | {column: value}
+    with pytest.raises(ValueError, match=f"{column} is {value}"):
+        engine._row(engine._line(row))
+
+
+def test_a_diverged_run_is_a_result(tmp_path):
+    runs = [Run(depth=2, steps=4, rate=1e30), SHORT[0]]
+    frame = sweep(runs, tmp_path / "runs.csv")
+    assert frame["diverged"].tolist() == [True, False]
+    assert frame["test_accuracy"][0] == 0  # a network that puts out nan recognises nothing
+    assert frame["loss_4"].isna().all()
+
+
+def test_build_draws_what_the_run_says():
+    model = build(Run(depth=3, scheme="orthogonal", a=0.0, bias="zeros"))
+    last = model[4].weight.flatten(1)  # 16 filters of 144 weights, orthogonal rows
+    torch.testing.assert_close(last @ last.T, 2 * torch.eye(16), rtol=0, atol=1e-5)
+    xavier = build(Run(depth=8, scheme="xavier_normal", a=1.0, bias="zeros", seed=1))[4].weight
+    assert 144 * xavier.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / xavier.numel()))
+    zeroed = build(Run(net="residual", depth=4, zeroed=True, scheme="kaiming_normal", a=0.0))
+    branch = next(block for block in zeroed if isinstance(block, Residual))
+    assert not branch[-1].weight.any()
+    assert branch[0].weight.any()
+    linear = build(Run(net="linear", depth=3, width=7, slope=0.3))
+    assert [type(layer).__name__ for layer in linear] == (
+        ["Flatten", *["Linear", "LeakyReLU"] * 3, "Linear"]
+    )
+    # The literal default: what torch draws for a new layer
+    default = build(Run(depth=2, seed=5))
+    g = torch.Generator().manual_seed(5)
+    twin = conv_stack(2, 16, downsample=2, classes=10, pooled=2)
+    nn.init.kaiming_uniform_(twin[0].weight, a=math.sqrt(5), generator=g)
+    assert torch.equal(default[0].weight, twin[0].weight)
+
+
+def test_look_leaves_the_model_as_it_is_and_agrees_with_the_hand():
+    model = build(Run(depth=2, norm="batch"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.randn(50, 1, 28, 28), torch.arange(50) % 10
+    found = look(model, x, y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    nn.functional.cross_entropy(logits := model(x), y).backward()
+    by_hand = logits.std(0).square().mean().sqrt(), model[0].weight.grad.square().mean().sqrt()
+    assert found == pytest.approx([value.item() for value in by_hand], rel=1e-4)
+
+
+def test_the_first_step_with_90_percent(monkeypatch):
+    model = build(Run(depth=2))
+    x, y = torch.randn(2000, 1, 28, 28), torch.randint(10, (2000,))
+    for right in (1799, 1800):
+        truth = torch.arange(2000) < right
+        monkeypatch.setattr(engine, "accuracy", lambda m, xs, ys: ys.float().mean().item())
+        assert engine._is_90(model, x, truth[torch.randperm(2000)]) == (right == 1800)
+    monkeypatch.undo()
+    assert not engine._is_90(model, x, y)
+    assert accuracy(model, x, y) < 0.9
+
+
+# ---- The plan, on made-up results
+
+
+def made_up(run, best):
+    """Return a validation accuracy that falls with the distance to the best rate."""
+    if run.stage == "late":
+        return 0.95
+    rate = best(run)
+    return 0.106 if rate is None else 0.97 - 0.1 * abs(math.log10(run.rate / rate))
+
+
+def follow(best, kill=1.0):
+    done = {}
+    for _ in range(99):
+        rows = [asdict(run) | {"valid_accuracy": value} for run, value in done.items()]
+        runs = plan(pd.DataFrame(rows) if rows else None)
+        assert len(set(runs)) == len(runs)
+        assert set(done) <= set(runs)  # what was done stays in the plan
+        left = [run for run in runs if run not in done]
+        if not left:
+            return done
+        done |= {run: made_up(run, best) for run in left[: math.ceil(kill * len(left))]}
+    raise AssertionError("the plan does not end")
+
+
+def test_the_plan_ends_and_no_arm_is_best_at_an_end():
+    def best(run):
+        if run.scheme == "default" and run.depth == 16 and run.norm == "none":
+            return None
+        return {"sgd": 1e-3, "adam": 3.16e-3}[run.optimizer]
+
+    done = follow(best)
+    assert done.keys() == follow(best, kill=0.6).keys()  # however often it is killed
+    for arm in (arm for part in parts() for arm in part):
+        rates = sorted({run.rate for run in done if replace(arm, **vary(run)) == run})
+        final = {run.rate for run in done if replace(arm, **vary(run, "final")) == run}
+        (chosen,) = final
+        if best(arm) is None:
+            assert len(rates) == 5
+            late = [run for run in done if replace(arm, **vary(run, "late")) == run]
+            assert len(late) == 4
+            assert {run.steps for run in late} == {7800}
+        else:
+            assert chosen == best(arm)
+            assert rates[0] < chosen < rates[-1]
+        assert [RATES.index(b) - RATES.index(a) for a, b in itertools.pairwise(rates)] == (
+            [1] * (len(rates) - 1)
+        )
+        seeds = [run.seed for run in done if replace(arm, **vary(run, "final")) == run]
+        assert seeds == list(FINAL_SEEDS)
+
+
+def vary(run, stage="tune"):
+    steps = 7800 if stage == "late" else 1170
+    return {"stage": stage, "rate": run.rate, "seed": run.seed, "steps": steps}
+
+
+def test_arms_are_all_different():
+    arms = [arm for part in parts() for arm in part]
+    assert len(set(arms)) == len(arms)
+    assert len(parts(0.3)[-1]) == 2
+
+
+# ---- The command
+
+
+def test_command_sweeps_until_the_record_is_complete(tmp_path, monkeypatch, capsys):
+    first, second = SHORT[:1], SHORT[:2]
+    monkeypatch.setattr(engine, "plan", lambda record, slope: first if record is None else second)
+    path = tmp_path / "new" / "runs.csv"
+    args = command.parser.parse_args(["sweep", "--jobs", "1", "--out", str(path)])
+    assert args.func(args) == 0
+    assert capsys.readouterr().out == f"{path}: complete, 2 runs\n"
+    assert len(read(path, second)) == 2
+    assert args.func(args) == 0  # nothing is left to do
+
+
+def test_looks_reach_over_the_long_runs():
+    assert LOOKS[-1] <= 20 * engine.EPOCH < 2 * LOOKS[-1]
