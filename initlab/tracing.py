@@ -63,7 +63,8 @@ class LayerTrace:
             None without a loss, a weight, or when the weight is frozen or reparametrised.
         dead: Share of the features (channels) that are 0 for every input and position, for
             activations that can die; None for others.
-        always_on: Share of their features that are above 0 for every input and position.
+        signs: For these, the number of features whose input is never above 0, and never below 0
+            (each but those where it is 0 throughout).
         in_rms: Rms of the first input; nan if that is not a tensor of real numbers.
         in_signal: The signal of the first input.
         role: "layer" (convolution, linear), "activation", "norm" (divides by what it measures),
@@ -83,7 +84,7 @@ class LayerTrace:
     grad_rms: float | None = None
     weight_grad_rms: float | None = None
     dead: float | None = None
-    always_on: float | None = None
+    signs: tuple[int, int] | None = field(default=None, repr=False)
     in_rms: float = field(default=math.nan, repr=False)
     in_signal: float = field(default=math.nan, repr=False)
     role: str = field(default="layer", repr=False)
@@ -146,7 +147,7 @@ class _Watch(TorchFunctionMode):
         self.names = {m: name or type(m).__name__ for name, m in model.named_modules()}
         self.paths = {m: name for name, m in model.named_modules()}
         self.backward = backward
-        self.running: list[tuple[nn.Module, tuple[float, float]]] = []
+        self.running: list[tuple[nn.Module, dict[str, Any]]] = []
         self.calls: Counter[str] = Counter()
         self.rows: list[dict[str, Any]] = []
         self.weights: list[Tensor | None] = []
@@ -154,8 +155,9 @@ class _Watch(TorchFunctionMode):
         self.channels_last = False
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        traced = isinstance(module, TRACED)
-        self.running.append((module, _inputs((args, kwargs)) if traced else (math.nan, math.nan)))
+        kind = type(module).__name__
+        known = self.given(kind, (args, kwargs)) if isinstance(module, TRACED) else {}
+        self.running.append((module, known))
 
     def after(self, module: nn.Module, _args: Any, output: Any) -> Any:
         while (entry := self.running.pop())[0] is not module:
@@ -170,7 +172,8 @@ class _Watch(TorchFunctionMode):
                 output = output.clone()
         own = dict(module.named_parameters(recurse=False))
         weight = next((own[name] for name in WEIGHTS if name in own), None)
-        self.row(self.names[module], type(module).__name__, _role(module), output, entry[1], weight)
+        known = {"kind": type(module).__name__, "role": _role(module), **entry[1]}
+        self.row(self.names[module], known, output, weight)
         return output
 
     def __torch_function__(
@@ -180,33 +183,42 @@ class _Watch(TorchFunctionMode):
         caller = self.running[-1][0] if self.running else None
         if name not in FUNCTIONS or isinstance(caller, TRACED):  # nn.ReLU has a row already
             return func(*args, **(kwargs or {}))
-        inputs = _inputs((args, kwargs))
+        known = {"kind": name, "role": "activation", **self.given(name, (args, kwargs))}
         output = func(*args, **(kwargs or {}))
         path = self.paths.get(caller, "")
-        self.row(f"{path}.{name}" if path else name, name, "activation", output, inputs, None)
+        self.row(f"{path}.{name}" if path else name, known, output, None)
         return output
 
-    def row(
-        self,
-        name: str,
-        kind: str,
-        role: str,
-        output: Any,
-        inputs: tuple[float, float],
-        weight: Tensor | None,
-    ) -> None:
+    def given(self, kind: str, inputs: Any) -> dict[str, Any]:
+        """Measure the first input, before a module that works in place overwrites it."""
+        x = next(_tensors(inputs), None)
+        if x is None or not x.numel():
+            return {}
+        rms, signal = _sizes(x)
+        known: dict[str, Any] = {"in_rms": rms, "in_signal": signal}
+        if kind.lower() in DYING:
+            low, high = (f(_by_feature(x, self.channels_last), 1) for f in (torch.amin, torch.amax))
+            known["signs"] = tuple(
+                ((a <= 0) & (b < 0)).sum().item() for a, b in ((high, low), (-low, -high))
+            )
+        return known
+
+    def row(self, name: str, known: dict[str, Any], output: Any, weight: Tensor | None) -> None:
         y = next(_tensors(output), None)
         if y is None or not y.numel():
             return
         self.calls[name] += 1
         if self.calls[name] > 1:
             name += f"#{self.calls[name]}"
-        if role != "activation":
-            self.channels_last = role == "mixer" or kind in ("Linear", "LayerNorm", "RMSNorm")
-        axis = -1 if self.channels_last or y.dim() < 2 else 1
-        row = _forward(y.detach(), axis if kind.lower() in DYING else None)
-        row |= {"name": name, "kind": kind, "role": role, "features": y.shape[axis]}
-        row |= {"in_rms": inputs[0], "in_signal": inputs[1]}
+        kind = known["kind"]
+        if known["role"] != "activation":
+            last = ("Linear", "LayerNorm", "RMSNorm")
+            self.channels_last = known["role"] == "mixer" or kind in last
+        row = {"name": name, **known, **_forward(y.detach())}
+        features = _by_feature(y.detach(), self.channels_last)
+        row["features"] = len(features)
+        if kind.lower() in DYING:
+            row["dead"] = (features == 0).all(1).double().mean().item()
         self.rows.append(row)
         self.weights.append(weight if weight is not None and weight.requires_grad else None)
         if self.backward and y.requires_grad:
@@ -313,30 +325,29 @@ def _backward(watch: _Watch, value: Any, model: nn.Module) -> None:
             row["weight_grad_rms"] = _rms(by_weight[weight])
 
 
-def _forward(y: Tensor, axis: int | None) -> dict[str, Any]:
+def _forward(y: Tensor) -> dict[str, Any]:
     shape, v = tuple(y.shape), y.double()
-    n, mean = v.numel(), v.mean()
+    mean = v.mean()
     # Divisions of 0 by 0 give nan quietly, where torch.std and torch.var would warn.
-    std = ((v - mean).square().sum() / (n - 1)).sqrt()
-    rms, signal = _inputs(y)
-    row = {"shape": shape, "mean": mean.item(), "std": std.item(), "rms": rms, "signal": signal}
-    if axis is not None:
-        by_feature = y.movedim(axis, 0).flatten(1) if y.dim() else y.reshape(1, 1)
-        row["dead"] = (by_feature == 0).all(1).double().mean().item()
-        row["always_on"] = (by_feature > 0).all(1).double().mean().item()
-    return row
+    std = ((v - mean).square().sum() / (v.numel() - 1)).sqrt()
+    rms, signal = _sizes(y)
+    return {"shape": shape, "mean": mean.item(), "std": std.item(), "rms": rms, "signal": signal}
 
 
-def _inputs(value: Any) -> tuple[float, float]:
-    """Return rms and signal of the first tensor in `value`."""
-    x = next(_tensors(value), None)
-    if x is None or not x.numel():
-        return math.nan, math.nan
-    v = x.detach().double()
+def _sizes(y: Tensor) -> tuple[float, float]:
+    """Return rms and signal."""
+    v = y.detach().double()
     if not v.dim():
         return v.abs().item(), math.nan
     across = (v - v.mean(0)).square().sum() / ((len(v) - 1) * (v.numel() / len(v)))
     return v.square().mean().sqrt().item(), across.sqrt().item()
+
+
+def _by_feature(y: Tensor, channels_last: bool) -> Tensor:
+    """Return y as (features, all else)."""
+    if y.dim() < 2:
+        return y.detach().reshape(-1, 1)
+    return y.detach().movedim(-1 if channels_last else 1, 0).flatten(1)
 
 
 def _tensors(value: Any, real: bool = True) -> Iterator[Tensor]:

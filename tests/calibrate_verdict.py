@@ -1,0 +1,224 @@
+"""How often `trace(...).problems()` is wrong: sound nets, and nets with a planted fault.
+
+`python tests/calibrate_verdict.py` counts on 200 sound draws and on each fault with 5 seeds. The
+tests run a few of both.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from initlab import conv_stack, initialize_, trace
+from initlab.tracing import Trace
+
+Case = tuple[str, nn.Module, Tensor]
+
+
+def random_direction(output: Tensor) -> Tensor:
+    """Return a loss whose gradient has the same size at the output of any model."""
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return (output * direction.to(output)).sum()
+
+
+def dense(depth: int, width: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    layers = [m for _ in range(depth) for m in (nn.Linear(width, width), act())]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def kaiming(net: nn.Module, a: float = 0.0, scheme: str = "kaiming_normal") -> nn.Module:
+    return initialize_(net, scheme, a=a, bias="zeros")
+
+
+def stacks(seed: int) -> Case:
+    """A plain Kaiming stack: dense or convolutional, 3 to 50 layers, 32 to 256 features."""
+    depth, width = [3, 8, 15, 30, 50][seed % 5], [32, 64, 128, 256][seed // 5 % 4]
+    scheme = ["kaiming_normal", "kaiming_uniform"][seed % 2]
+    if seed % 3:
+        return f"dense {depth} x {width}", kaiming(dense(depth, width), scheme=scheme), torch.randn(
+            32, width
+        )
+    net = kaiming(conv_stack(depth, min(width, 64)), scheme=scheme)
+    return f"conv {depth} x {min(width, 64)}", net, torch.randn(8, 1, 14, 14)
+
+
+def pictures(n: int = 8) -> Tensor:
+    return torch.randn(n, 3, 64, 64)
+
+
+def sound(draws: int) -> Iterator[Case]:
+    """Yield sound nets: of 10 draws 6 plain stacks, 2 resnet18 and 2 convnext_tiny, to train."""
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        match seed % 10:
+            case 0 | 1:
+                yield "resnet18", torchvision.models.resnet18(), pictures()
+            case 2 | 3:
+                yield "convnext_tiny", torchvision.models.convnext_tiny(), pictures()
+            case _:
+                yield stacks(seed)
+
+
+def judge(net: nn.Module, x: Tensor) -> Trace:
+    return trace(net, x, loss=random_direction)
+
+
+@torch.no_grad()
+def _scale(net: nn.Module, name: str, factor: float) -> nn.Module:
+    net.get_submodule(name).weight.mul_(factor)
+    return net
+
+
+@torch.no_grad()
+def _set(net: nn.Module, parameter: str, value: float) -> nn.Module:
+    net.get_parameter(parameter).fill_(value)
+    return net
+
+
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18()
+
+
+x_dense = (32, 64)
+# fault: net, shape of the inputs, the layers that may be named, kinds
+FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
+    **{
+        f"weights x {f:g}, {depth} layers": (
+            lambda f=f, depth=depth: _scale(kaiming(dense(depth, 64)), "6", f),
+            x_dense,
+            "6",
+            "scale",
+        )
+        for f in (0.01, 100)
+        for depth in (8, 30)
+    },
+    **{
+        f"weights x {f:g}, convolutions": (
+            lambda f=f: _scale(kaiming(conv_stack(20, 32)), "18", f),
+            (8, 1, 14, 14),
+            "18",
+            "scale",
+        )
+        for f in (0.01, 100)
+    },
+    **{
+        f"weights x {f:g}, resnet18 in eval mode": (
+            lambda f=f: _scale(resnet().eval(), "layer2.0.conv1", f),
+            (8, 3, 64, 64),
+            "layer2.0.conv1",
+            "scale",
+        )
+        for f in (0.01, 100)
+    },
+    **{
+        f"weights x {f:g}, VGG-11": (
+            lambda f=f: _scale(torchvision.models.vgg11(num_classes=10), "features.8", f),
+            (4, 3, 64, 64),
+            "features.8",
+            "scale",
+        )
+        for f in (0.01, 100)
+    },
+    "biases of -10": (
+        lambda: _set(kaiming(dense(8, 64)), "6.bias", -10),
+        x_dense,
+        "6",
+        "dead",
+    ),
+    "biases of -10, convolutions": (
+        lambda: _set(kaiming(conv_stack(8, 32)), "6.bias", -10),
+        (8, 1, 14, 14),
+        "6",
+        "dead",
+    ),
+    "biases of -10 in resnet18's BatchNorm": (
+        lambda: _set(resnet(), "layer2.0.bn1.bias", -10),
+        (8, 3, 64, 64),
+        "layer2.0.bn1",
+        "dead",
+    ),
+    "a zeroed layer": (
+        lambda: _set(kaiming(dense(8, 64)), "6.weight", 0),
+        x_dense,
+        "6",
+        "constant",
+    ),
+    "a zeroed layer with its default biases": (
+        lambda: _set(dense(8, 64), "6.weight", 0),
+        x_dense,
+        "6",
+        "constant",
+    ),
+    "a zeroed convolution before BatchNorm": (
+        lambda: _set(resnet(), "layer2.0.conv1.weight", 0),
+        (8, 3, 64, 64),
+        "layer2.0.conv1",
+        "constant",
+    ),
+    "default init, 30 dense layers": (lambda: dense(30, 64), x_dense, "0", "shrinks"),
+    "default init, 30 convolutions": (lambda: conv_stack(30, 32), (8, 1, 14, 14), "0", "shrinks"),
+    "default init, 8 dense layers": (lambda: dense(8, 64), x_dense, "0", "shrinks"),
+    "mobilenet_v2 in eval mode (fan_out)": (
+        lambda: torchvision.models.mobilenet_v2().eval(),
+        (8, 3, 64, 64),
+        "features.1.conv.0.0 features.2.conv.1.0",
+        "shrinks",
+    ),
+    "sigmoids": (
+        lambda: kaiming(dense(20, 64, nn.Sigmoid)),
+        x_dense,
+        "0",
+        "shrinks",
+    ),
+    "gain twice too large": (lambda: kaiming(dense(20, 64), a=math.nan), x_dense, "0", "grows"),
+    "a nan": (
+        lambda: _set(kaiming(dense(8, 64)), "6.weight", math.nan),
+        x_dense,
+        "6",
+        "not finite",
+    ),
+}
+
+
+def twice() -> nn.Module:
+    net = kaiming(dense(20, 64))
+    for layer in net[::2]:
+        layer.weight.data.mul_(2)
+    return net
+
+
+FAULTS["gain twice too large"] = (twice, x_dense, "0 2", "grows")
+
+
+def found(fault: str, seed: int) -> tuple[bool, list]:
+    """Plant a fault; return whether the first problem is of its kind and names its layer."""
+    build, shape, layers, kind = FAULTS[fault]
+    torch.manual_seed(seed)
+    problems = judge(build(), torch.randn(shape)).problems()
+    first = problems[0] if problems else None
+    return first is not None and first.layer in layers.split() and first.kind == kind, problems
+
+
+def main() -> None:
+    flagged: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for name, net, x in sound(200):
+        problems = judge(net, x).problems()
+        count[name] += 1
+        flagged[name] += bool(problems)
+        for problem in problems:
+            print(f"sound {name}: {problem}", flush=True)
+    print(f"sound: {flagged.total()} of {count.total()} flagged", dict(count))
+    for fault in FAULTS:
+        right = [found(fault, seed) for seed in range(5)]
+        print(f"{fault}: {sum(ok for ok, _ in right)} of 5")
+        for ok, problems in right:
+            if not ok:
+                print("   ", [(p.layer, p.kind, p.reason) for p in problems])
+
+
+if __name__ == "__main__":
+    main()
