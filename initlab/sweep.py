@@ -121,12 +121,14 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
     if slope != 0.3:
         checks += [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
     batch = [replace(arm, norm="batch") for arm in arms]
+    both = [*arms, *batch]
     return [
-        arms,
+        [arm for arm in arms if arm.optimizer == "sgd"],
         causes,
-        [arm for arm in batch if arm.depth < 16],
+        [arm for arm in batch if arm.optimizer == "sgd" and arm.depth < 16],
+        [arm for arm in both if arm.optimizer == "adam" and arm.depth < 16],
         others,
-        [arm for arm in batch if arm.depth == 16],
+        [arm for arm in both if arm.depth == 16 and (arm.optimizer, arm.norm) != ("sgd", "none")],
         [replace(arm, depth=16) for arm in causes],
         checks,
     ]
@@ -149,7 +151,7 @@ def plan(record: pd.DataFrame | None = None, slope: float = 0.0) -> list[Run]:
     Example:
         >>> runs = plan()
         >>> len(runs), runs[0].stage, runs[0].rate
-        (96, 'tune', 0.01)
+        (48, 'tune', 0.01)
     """
     done = {} if record is None else _accuracies(record)
     runs: list[Run] = []
