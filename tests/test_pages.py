@@ -1,0 +1,160 @@
+"""The HTML pages: whole, linked, and in need of nothing that is not on them."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pages
+import pytest
+from bs4 import BeautifulSoup
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("html")
+    assert {path.name for path in pages.write(folder)} == set(pages.PAGES.values())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def soups(folder):
+    return {page.name: BeautifulSoup(page.read_text(), "html.parser") for page in folder.glob("*")
+            if page.suffix == ".html"}  # fmt: skip
+
+
+each_page = pytest.mark.parametrize("page", pages.PAGES.values())
+each_notebook = pytest.mark.parametrize("path", pages.NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_page
+def test_is_a_whole_document(soups, page):
+    soup = soups[page]
+    assert soup.html["lang"] == "en"
+    assert soup.find("meta", attrs={"name": "viewport"})
+    assert soup.title.text == soup.h1.text != ""
+    ids = [tag["id"] for tag in soup.find_all(id=True)]
+    assert len(ids) == len(set(ids))
+    current = [link["href"] for link in soup.nav("a") if link.has_attr("aria-current")]
+    assert current == [page] * (page != "data.html")
+
+
+@each_page
+def test_links_stay_on_the_machine_unless_clicked(folder, soups, page):
+    soup = soups[page]
+    assert soup(["script", "iframe", "object", "embed", "audio", "video", "source", "base"]) == []
+    for style in soup("style"):
+        assert not re.search(r"url\(|@import|//", style.text)
+    for tag in soup.find_all(True):
+        assert {"srcset", "data", "poster", "background", "action"}.isdisjoint(tag.attrs)
+        assert "url(" not in tag.get("style", "")
+        assert tag.get("src", "data:").startswith("data:")
+        link = urlsplit(tag.get("href", "data:"))
+        if link.scheme:
+            assert link.scheme in (("http", "https") if tag.name == "a" else ("data",)), link
+        else:
+            assert tag.name == "a"
+            assert not link.netloc
+            assert not link.path.endswith((".ipynb", "README.md")), link
+            assert (folder / unquote(link.path)).is_file(), link
+            target = soups[link.path] if link.path else soup
+            assert not link.fragment or target.find(id=unquote(link.fragment)), link
+
+
+@each_notebook
+def test_links_of_the_notebook_are_on_its_page(soups, path):
+    found = {link["href"] for link in soups[pages.PAGES[path]].main("a")}
+    text = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    for name, section in re.findall(r"\]\((\w+)\.ipynb(#[^)]+)?\)", text):
+        assert f"{name}.html" + (f"#{pages.slug(unquote(section[1:]))}" if section else "") in found
+
+
+@each_page
+def test_no_latex_is_left(soups, page):
+    soup = BeautifulSoup(str(soups[page].main), "html.parser")
+    for tag in soup(["pre", "code", "annotation"]):
+        tag.decompose()
+    assert not re.search(r"\$|\\[A-Za-z]|\\[^\w\s]", soup.get_text())
+
+
+@each_notebook
+def test_has_all_cells_outputs_and_described_figures(soups, path):
+    soup = soups[pages.PAGES[path]]
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    figures = [o.metadata["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert [image["alt"] for image in soup("img")] == [figure["alt"] for figure in figures]
+    assert all(image["alt"] for image in soup("img"))
+    blocks = soup.find_all("div", class_=re.compile("^hl-"))
+    code = [block.text.strip("\n") for block in blocks]
+    assert code == [cell.source.strip("\n") for cell in cells]
+    assert len(soup.find_all("div", class_="output")) == len(outputs)
+    for cell, block in zip(cells, blocks, strict=True):
+        hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        hidden = hidden or {"check", "stored", "figure"} & set(cell.metadata.get("tags", []))
+        assert (block.find_parent("details") is not None) == bool(hidden)
+
+
+def test_formulas_links_and_pictures_of_a_text(tmp_path):
+    html = pages.markdown("## On *a*: 1.5?\n\n$x \\sim \\frac{a}{2}$ [b](x.md#On-a:-1.5?)\n\n$$y$$")
+    assert html.count("<math") == 2
+    assert "<mo>∼</mo><mfrac>" in html
+    assert "\\" not in html
+    source = pages.ROOT / "notebooks" / "99.ipynb"
+    html += '<img src="../imgs/depth.png" alt=""> [](#) <a href="../requirements.txt">c</a>'
+    html = html.replace("x.md", "../README.md")
+    soup = BeautifulSoup(pages.localize(html, source, tmp_path), "html.parser")
+    assert soup.h2["id"] == "on-a-15"
+    assert [a["href"] for a in soup("a")] == ["index.html#on-a-15", "requirements.txt"]
+    assert soup.img["src"].startswith("data:image/png;base64,iVBOR")
+    assert (tmp_path / "requirements.txt").is_file()
+
+
+# A page in a frame as narrow as a phone (Chromium's own windows are wider): is anything wider than
+# the frame, and what was asked for?
+PROBE = """<!DOCTYPE html><title></title><iframe width="360" height="800" srcdoc="{}"></iframe>
+<script>
+addEventListener("load", () => {{
+  const inner = document.querySelector("iframe").contentWindow
+  const root = inner.document.documentElement
+  const asked = inner.performance.getEntriesByType("resource").map(entry => entry.name)
+  document.title = JSON.stringify([inner.innerWidth, root.scrollWidth, asked])
+}})</script>"""
+
+
+def looked_at(html, folder):
+    """Return what a browser says of a page: its window's width, its own, requests; the console."""
+    probe = folder / "probe.html"
+    probe.write_text(PROBE.format(escape(html)))
+    options = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"]
+    options += ["disable-background-networking", "disable-component-update", "disable-sync"]
+    options += ["hide-scrollbars"]
+    options += [f"user-data-dir={folder / 'profile'}", "enable-logging=stderr", "dump-dom"]
+    options += ["host-resolver-rules=MAP * ~NOTFOUND"]
+    command = [CHROMIUM, *(f"--{option}" for option in options), probe.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(BeautifulSoup(done.stdout, "html.parser").title.text), console
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@each_page
+def test_in_a_browser(folder, page, tmp_path):
+    said, console = looked_at((folder / page).read_text(), tmp_path)
+    assert said == [360, 360, []]
+    assert console == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_bad_page_is_noticed_in_the_browser(tmp_path):
+    html = "<!DOCTYPE html><p style='width: 400px'><script>no()</script>"
+    html += '<img src="https://example.invalid/a.png">'
+    (width, needed, asked), console = looked_at(html, tmp_path)
+    assert needed > width == 360
+    assert asked == ["https://example.invalid/a.png"]
+    assert any("no is not defined" in line for line in console)
