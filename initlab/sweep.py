@@ -122,13 +122,21 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         checks += [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
     batch = [replace(arm, norm="batch") for arm in arms]
     both = [*arms, *batch]
+
+    def some(optimizer: str, norm: str, *depths: int) -> list[Run]:
+        return [
+            arm
+            for arm in both
+            if (arm.optimizer, arm.norm) == (optimizer, norm) and arm.depth in depths
+        ]
+
     return [
-        [arm for arm in arms if arm.optimizer == "sgd"],
+        some("sgd", "none", 2, 4, 8, 16),
+        some("sgd", "batch", 8) + some("adam", "none", 8),
         causes,
-        [arm for arm in batch if arm.optimizer == "sgd" and arm.depth < 16],
-        [arm for arm in both if arm.optimizer == "adam" and arm.depth < 16],
+        some("sgd", "batch", 2, 4) + some("adam", "none", 2, 4) + some("adam", "batch", 2, 4, 8),
         others,
-        [arm for arm in both if arm.depth == 16 and (arm.optimizer, arm.norm) != ("sgd", "none")],
+        some("sgd", "batch", 16) + some("adam", "none", 16) + some("adam", "batch", 16),
         [replace(arm, depth=16) for arm in causes],
         checks,
     ]
