@@ -1,20 +1,20 @@
 """Helpers of the notebooks on PyTorch's default initialisation of convolutions."""
 
-from initlab.data import MNISTSplits, load_mnist
-from initlab.draw import draw
 from initlab.init import fans, gain, initialize_
-from initlab.moments import Drawn, Moments, Predicted
-from initlab.predict import predict
-from initlab.stats import Stats, stats
-from initlab.tracing import LayerTrace, Trace, trace
+from initlab.layer import draw, predict
+from initlab.mnist import MNISTSplits, load_mnist
+from initlab.moments import Drawn, Each, Moments, Predicted, Stats, stats
 from initlab.net import accuracy, conv_stack, fit
+from initlab.tracing import LayerTrace, Problem, Trace, trace
 
 __all__ = [
     "Drawn",
+    "Each",
     "LayerTrace",
     "MNISTSplits",
     "Moments",
     "Predicted",
+    "Problem",
     "Stats",
     "Trace",
     "accuracy",

@@ -195,7 +195,7 @@ def _positions(x: Tensor, layer: nn.Conv2d | nn.Linear) -> int:
 
 
 def _check(x: Tensor, layer: nn.Module, bias: str) -> Tensor:
-    """Raise if the arguments do not fit; return x zero-padded, on the CPU, in float32 or float64."""
+    """Raise if the arguments do not fit; return x zero-padded, on the CPU, in float32 or 64."""
     known("bias", bias, ("default", "zeros"))
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise TypeError(f"needs a Conv2d or a Linear, got {type(layer).__name__}")
@@ -299,9 +299,9 @@ def _of_a_group(
 
 
 def _spread_evenly(some: int, of: int) -> Tensor:
-    """Return `some` of the numbers below `of`, or all: sorted, in step with neither row nor picture.
+    """Return about `some` of the numbers below `of`, or all of them, sorted.
 
-    By multiples of the golden ratio, which divide an interval evenly wherever they stop.
+    By multiples of the golden ratio: evenly, and in step with neither row nor picture.
     """
     if of <= some:
         return torch.arange(of)

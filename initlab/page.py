@@ -1,0 +1,154 @@
+"""What the pages show: figures with their alt text, tables, one colour for one init."""
+
+import base64
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
+
+from initlab.tracing import LayerTrace, Trace
+
+# Throughout the series; "C1" and so on are those of style.mplstyle
+COLORS = {
+    "default": "C1",
+    "kaiming_normal": "C0",
+    "kaiming_uniform": "C2",
+    "orthogonal": "C3",
+    "xavier_normal": "C4",
+    "xavier_uniform": "C4",
+}
+LABELS = {"signal": "std across inputs", "grad_rms": "rms of the gradient"}
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display `figure` in a notebook with `alt` as the text for who cannot see it, and close it.
+
+    The PNG has two pixels for each that it takes on the page, for dense screens, and a palette of
+    256 colours, which makes it a third as large.
+    """
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=2 * figure.dpi, bbox_inches="tight")
+    picture = Image.open(full).convert("RGB")
+    picture.quantize(256).save(small, format="png", optimize=True)
+    width, height = (pixels // 2 for pixels in picture.size)
+    data = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": repr(figure)}
+    metadata = {"image/png": {"alt": alt, "width": width, "height": height}}
+    display(data, raw=True, metadata=metadata)
+    plt.close(figure)
+
+
+class Table(pd.DataFrame):
+    """A DataFrame that shows its floats with four decimals.
+
+    A column with sizes below 0.001 or from 10,000 up shows three significant digits instead. The
+    values stay as exact as they are.
+    """
+
+    @property
+    def _constructor(self) -> type["Table"]:
+        return Table
+
+    def __repr__(self) -> str:
+        return self.to_string(formatters=_formats(self))
+
+    def _repr_html_(self) -> str:
+        return self.to_html(formatters=_formats(self), border=0)
+
+
+def table(rows: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Table:
+    """Return a table of rows: by name, or a list, whose first column then names them.
+
+    A row is a mapping from columns to values, or `Stats` or `Moments`, whose floats it takes.
+
+    Example:
+        >>> table({"default": {"fan_in": 25, "rms": 0.63882}, "Kaiming": {"fan_in": 25, "rms": 1.5}})
+                 fan_in    rms
+        default      25 0.6388
+        Kaiming      25 1.5000
+    """
+    if isinstance(rows, Mapping):
+        return Table.from_dict({name: _row(row) for name, row in rows.items()}, orient="index")
+    frame = Table([_row(row) for row in rows])
+    return frame.set_index(frame.columns[0]).rename_axis(None)
+
+
+def _row(row: Any) -> Mapping[str, Any]:
+    if isinstance(row, tuple):
+        return {k: v for k, v in row._asdict().items() if isinstance(v, float)}
+    return row
+
+
+def _formats(frame: pd.DataFrame) -> list[Callable[[float], str] | None]:
+    """Return the format of each column; None for what holds no floats."""
+
+    def of(column: pd.Series) -> Callable[[float], str] | None:
+        if not pd.api.types.is_float_dtype(column):
+            return None
+        sizes = column[column != 0].dropna().abs()
+        return "{:z.4f}".format if sizes.between(1e-3, 1e4).all() else "{:#.3g}".format
+
+    return [of(frame.iloc[:, i]) for i in range(frame.shape[1])]
+
+
+def plot_trace(
+    traces: Trace | Mapping[str, Trace | Sequence[Sequence[LayerTrace]]],
+    fields: Sequence[str] | None = None,
+    theory: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> Figure:
+    """Draw fields of traces over the layers, on log axes, a panel a field and a colour a name.
+
+    Args:
+        traces: One trace, whose problems are marked and named; or by name, one trace (the same) or
+            those of several nets of one kind, of equal length. Then the line is their geometric
+            mean, the band their range.
+        fields: Attributes of `LayerTrace`; by default signal, rms and, if there is one, grad_rms.
+        theory: By name and field, a value a layer, drawn dashed.
+
+    Returns:
+        The figure, not yet shown.
+
+    Example:
+        >>> import torch
+        >>> from initlab import conv_stack, trace
+        >>> figure = plot_trace(trace(conv_stack(3, 8), torch.randn(4, 1, 9, 9)))
+        >>> [ax.get_ylabel() for ax in figure.axes]
+        ['std across inputs', 'rms']
+        >>> plt.close(figure)
+    """
+    named = {"": traces} if isinstance(traces, Trace) else traces
+    groups = {n: [nets] if isinstance(nets, Trace) else nets for n, nets in named.items()}
+    if fields is None:
+        graded = any(e.grad_rms is not None for nets in groups.values() for e in nets[0])
+        fields = ("signal", "rms", "grad_rms") if graded else ("signal", "rms")
+    size = (2 + 3.3 * len(fields), 3)
+    figure, axes = plt.subplots(1, len(fields), figsize=size, squeeze=False, layout="constrained")
+    for ax, field in zip(axes[0], fields, strict=True):
+        for number, (name, nets) in enumerate(groups.items()):
+            rows = [[getattr(e, field) or math.nan for e in net] for net in nets]
+            values = torch.tensor(rows, dtype=torch.float64)
+            layers = range(1, values.shape[1] + 1)
+            color = f"C{number}"
+            ax.plot(layers, values.log().mean(0).exp(), color=color, label=name)
+            ax.fill_between(layers, values.amin(0), values.amax(0), color=color, alpha=0.2, lw=0)
+            if theory and field in theory.get(name, {}):
+                ax.plot(layers, theory[name][field], color="k", ls="--", lw=0.9)
+            for problem in nets[0].problems() if isinstance(named[name], Trace) else []:
+                at = 1 + [e.name for e in nets[0]].index(problem.layer)
+                ax.axvline(at, color=color, ls=":")
+                text = f"{problem.layer}: {problem.kind}" if ax is axes[0, 0] else ""
+                place = {"xycoords": ax.get_xaxis_transform(), "va": "top", "rotation": 90}
+                ax.annotate(text, (at, 0.98), color=color, fontsize="small", **place)
+        ax.set(yscale="log", xlabel="layer", ylabel=LABELS.get(field, field))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if theory:
+        handles, labels = [*handles, plt.Line2D([], [], color="k", ls="--")], [*labels, "theory"]
+    if labels != [""]:
+        figure.legend(handles, labels, loc="outside right upper")
+    return figure
