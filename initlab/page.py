@@ -68,10 +68,10 @@ def table(rows: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Table:
     A row is a mapping from columns to values, or `Stats` or `Moments`, whose floats it takes.
 
     Example:
-        >>> table({"default": {"fan_in": 25, "rms": 0.63882}, "Kaiming": {"fan_in": 25, "rms": 1.5}})
+        >>> table({"default": {"fan_in": 25, "rms": 0.63882}, "Kaiming": {"fan_in": 9, "rms": 1.5}})
                  fan_in    rms
         default      25 0.6388
-        Kaiming      25 1.5000
+        Kaiming       9 1.5000
     """
     if isinstance(rows, Mapping):
         return Table.from_dict({name: _row(row) for name, row in rows.items()}, orient="index")
@@ -141,14 +141,11 @@ def plot_trace(
                 ax.plot(layers, theory[name][field], color="k", ls="--", lw=0.9)
             for problem in nets[0].problems() if isinstance(named[name], Trace) else []:
                 at = 1 + [e.name for e in nets[0]].index(problem.layer)
-                ax.axvline(at, color=color, ls=":")
-                text = f"{problem.layer}: {problem.kind}" if ax is axes[0, 0] else ""
-                place = {"xycoords": ax.get_xaxis_transform(), "va": "top", "rotation": 90}
-                ax.annotate(text, (at, 0.98), color=color, fontsize="small", **place)
+                ax.axvline(at, color=color, ls=":", label=f"{problem.layer}: {problem.kind}")
         ax.set(yscale="log", xlabel="layer", ylabel=LABELS.get(field, field))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if theory:
         handles, labels = [*handles, plt.Line2D([], [], color="k", ls="--")], [*labels, "theory"]
-    if labels != [""]:
+    if labels:
         figure.legend(handles, labels, loc="outside right upper")
     return figure

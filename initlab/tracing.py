@@ -1,11 +1,15 @@
 """What a signal looks like after every layer of a model, forward and backward, and a verdict."""
 
+import argparse
 import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -19,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from initlab.verdict import Problem, diagnose
 
-LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
+LAYERS = (_ConvNd, nn.Linear)
 MIXERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 BATCH_NORMS = (batchnorm._NormBase, instancenorm._InstanceNorm)
 NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -27,17 +31,12 @@ NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 ACTIVATIONS = tuple(
     getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
 )
-TRACED = (*LAYERS, *MIXERS, *NORMS, *ACTIVATIONS)
-# Called as functions or methods, in place (relu_) or not. Softmax is not elementwise: left out.
-FUNCTIONS = frozenset(
-    "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign hardswish "
-    "hardsigmoid hardtanh tanh sigmoid logsigmoid tanhshrink softshrink hardshrink threshold glu"
-    .split()
-)
-# Those that put out 0 for all inputs far below 0 (or around it), with a gradient of 0.
-DYING = frozenset(
-    "relu relu6 hardswish hardsigmoid threshold softshrink hardshrink gelu silu mish".split()
-)
+TRACED: tuple[type[nn.Module], ...] = (*LAYERS, *MIXERS, *NORMS, *ACTIVATIONS)
+# Also traced when called as functions or methods, in place (relu_) or not. Softmax and its kin are
+# not elementwise, and attention calls them for its weights: left out.
+FUNCTIONS = {a.__name__.lower() for a in ACTIVATIONS if "softm" not in a.__name__.lower()}
+# Those that put out 0 for all inputs far below 0, and pass no gradient there.
+DYING = {"relu", "relu6", "hardswish", "hardsigmoid", "threshold", "gelu", "silu", "mish"}
 WEIGHTS = ("weight", "in_proj_weight", "weight_ih_l0", "weight_ih")
 
 
@@ -106,57 +105,54 @@ class Trace(list[LayerTrace]):
         problems = self.problems()
         numbers = ["mean", "std", "rms", "signal", "grad_rms", "weight_grad_rms", "dead"]
         numbers = [n for n in numbers if any(getattr(e, n) is not None for e in self)]
-        rows = [["name", "kind", "shape", *numbers]]
-        rows += [
-            [e.name, e.kind, str(e.shape), *(_number(getattr(e, n)) for n in numbers)]
-            for e in self
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [["name", "kind", "shape", *numbers]]
+        for e in self:
+            table.append([e.name, e.kind, str(e.shape)] + [_number(getattr(e, n)) for n in numbers])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         # 9 characters hold any number (-1.23e-05), so that tables of different models line up.
         widths[3:] = [max(width, 9) for width in widths[3:]]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
+        cells = [
+            [
+                c.ljust(w) if k < 3 else c.rjust(w)
+                for k, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            for row in table
         ]
+        header, *lines = map("  ".join, cells)
+        # Shown are both ends and the rows next to a problem; long runs of others are folded.
         named = {p.layer for p in problems}
-        edge = (*range(4), *range(len(self) - 4, len(self)))
-        shown = {i for i, e in enumerate(self) if i in edge or e.name in named}
-        shown |= {i + step for i in shown for step in (-1, 1)}
-        folded = lines[:1]
-        start = 0
-        for i in [*sorted(shown), len(self)]:
-            if i - start > 2:  # a run of rows without a problem
-                low, *_, high = sorted(e.rms for e in self[start:i])
-                folded.append(f"... {i - start} rows alike, rms {_number(low)} to {_number(high)}")
+        shown = {i + k for i, e in enumerate(self) if e.name in named for k in (-1, 0, 1)}
+        shown |= {*range(5), *range(len(self) - 5, len(self))}
+        folded = [header]
+        for keep, group in groupby(range(len(self)), lambda i: i in shown):
+            run = list(group)
+            if keep or len(run) < 3:
+                folded += [lines[i] for i in run]
             else:
-                folded += lines[1 + start : 1 + i]
-            folded += lines[1 + i : 2 + i] if 0 <= i < len(self) else []
-            start = max(start, i + 1)
-        verdict = [f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found"]
-        return "\n".join([*verdict, *map(str, problems), "", *folded])
+                sizes = [self[i].rms for i in run]
+                low, high = _number(min(sizes)), _number(max(sizes))
+                folded.append(f"... {len(run)} rows, rms {low} to {high}")
+        count = f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found"
+        return "\n".join([count, *map(str, problems), "", *folded])
 
 
 class _Watch(TorchFunctionMode):
-    """Hooks and a function mode that measure while the model runs."""
+    """Hooks, and a mode that sees calls of functions, which measure while the model runs."""
 
     def __init__(self, model: nn.Module, backward: bool) -> None:
         super().__init__()
-        self.names = {m: name or type(m).__name__ for name, m in model.named_modules()}
-        self.paths = {m: name for name, m in model.named_modules()}
+        self.paths = {module: name for name, module in model.named_modules()}
         self.backward = backward
         self.running: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.channels_last = False
         self.calls: Counter[str] = Counter()
         self.rows: list[dict[str, Any]] = []
         self.weights: list[Tensor | None] = []
-        self.starts: list[Tensor] = []
-        self.channels_last = False
+        self.starts: list[Tensor] = []  # of the graph, besides the parameters
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        kind = type(module).__name__
-        known = self.given(kind, (args, kwargs)) if isinstance(module, TRACED) else {}
+        traced = isinstance(module, TRACED)
+        known = self.given(type(module).__name__, _role(module), (args, kwargs)) if traced else {}
         self.running.append((module, known))
 
     def after(self, module: nn.Module, _args: Any, output: Any) -> Any:
@@ -166,64 +162,61 @@ class _Watch(TorchFunctionMode):
             return None
         if self.backward and isinstance(output, Tensor) and not output.requires_grad:
             # All before it is frozen: the output starts the graph itself.
-            output = output.detach()
-            if output.is_floating_point() and torch.is_grad_enabled():
-                self.starts.append(output.requires_grad_())
-                output = output.clone()
+            self.starts.append(output.detach().requires_grad_())
+            output = self.starts[-1].clone()
         own = dict(module.named_parameters(recurse=False))
         weight = next((own[name] for name in WEIGHTS if name in own), None)
-        known = {"kind": type(module).__name__, "role": _role(module), **entry[1]}
-        self.row(self.names[module], known, output, weight)
+        self.add(self.paths[module] or type(module).__name__, entry[1], output, weight)
         return output
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "").rstrip("_")
+        kwargs, kind = kwargs or {}, getattr(func, "__name__", "").replace("_", "")
         caller = self.running[-1][0] if self.running else None
-        if name not in FUNCTIONS or isinstance(caller, TRACED):  # nn.ReLU has a row already
-            return func(*args, **(kwargs or {}))
-        known = {"kind": name, "role": "activation", **self.given(name, (args, kwargs))}
-        output = func(*args, **(kwargs or {}))
+        if kind not in FUNCTIONS or isinstance(caller, TRACED):  # nn.ReLU has its row already
+            return func(*args, **kwargs)
+        known = self.given(kind, "activation", (args, kwargs))
+        output = func(*args, **kwargs)
         path = self.paths.get(caller, "")
-        self.row(f"{path}.{name}" if path else name, known, output, None)
+        self.add(f"{path}.{kind}" if path else kind, known, output, None)
         return output
 
-    def given(self, kind: str, inputs: Any) -> dict[str, Any]:
-        """Measure the first input, before a module that works in place overwrites it."""
+    def given(self, kind: str, role: str, inputs: Any) -> dict[str, Any]:
+        """Measure the first input, before a layer that works in place overwrites it."""
+        known: dict[str, Any] = {"kind": kind, "role": role}
         x = next(_tensors(inputs), None)
         if x is None or not x.numel():
-            return {}
-        rms, signal = _sizes(x)
-        known: dict[str, Any] = {"in_rms": rms, "in_signal": signal}
+            return known
+        known |= {f"in_{key}": value for key, value in _sizes(x).items()}
         if kind.lower() in DYING:
-            low, high = (f(_by_feature(x, self.channels_last), 1) for f in (torch.amin, torch.amax))
-            known["signs"] = tuple(
-                ((a <= 0) & (b < 0)).sum().item() for a, b in ((high, low), (-low, -high))
-            )
+            low, high = _by_feature(x, self.channels_last).aminmax(dim=1)
+            below, above = (high <= 0) & (low < 0), (low >= 0) & (high > 0)
+            known["signs"] = (int(below.sum()), int(above.sum()))
         return known
 
-    def row(self, name: str, known: dict[str, Any], output: Any, weight: Tensor | None) -> None:
+    def add(self, name: str, known: dict[str, Any], output: Any, weight: Tensor | None) -> None:
+        """Add a row for the first tensor of `output`."""
         y = next(_tensors(output), None)
         if y is None or not y.numel():
             return
         self.calls[name] += 1
-        if self.calls[name] > 1:
-            name += f"#{self.calls[name]}"
-        kind = known["kind"]
+        name += f"#{self.calls[name]}" if self.calls[name] > 1 else ""
         if known["role"] != "activation":
-            last = ("Linear", "LayerNorm", "RMSNorm")
-            self.channels_last = known["role"] == "mixer" or kind in last
-        row = {"name": name, **known, **_forward(y.detach())}
-        features = _by_feature(y.detach(), self.channels_last)
-        row["features"] = len(features)
-        if kind.lower() in DYING:
+            last = known["kind"] in ("Linear", "LayerNorm", "RMSNorm")
+            self.channels_last = last or known["role"] == "mixer"
+        v, features = y.detach().double(), _by_feature(y, self.channels_last)
+        # Divisions of 0 by 0 give nan quietly, where torch.std and torch.var would warn.
+        std = ((v - v.mean()).square().sum() / (v.numel() - 1)).sqrt().item()
+        row = {"name": name, **known, "shape": tuple(y.shape), "mean": v.mean().item(), "std": std}
+        row |= {**_sizes(y), "features": len(features)}
+        if known["kind"].lower() in DYING:
             row["dead"] = (features == 0).all(1).double().mean().item()
         self.rows.append(row)
         self.weights.append(weight if weight is not None and weight.requires_grad else None)
         if self.backward and y.requires_grad:
             # Such a hook still sees the gradient of this value when y is overwritten in place.
-            y.register_hook(lambda grad: row.update(grad_rms=_rms(grad)))
+            y.register_hook(lambda grad: row.update(grad_rms=_sizes(grad)["rms"]))
 
 
 def trace(
@@ -255,12 +248,12 @@ def trace(
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU(inplace=True))
         >>> _ = nn.init.ones_(model[0].weight)
-        >>> trace(model, torch.tensor([[1.0, 2.0], [-4.0, 3.0]]), loss=torch.sum)
+        >>> trace(model, torch.tensor([[1.0, 2.0], [-4.0, 3.0]]))
         no problems found
         <BLANKLINE>
-        name  kind    shape        mean        std        rms     signal   grad_rms  weight_grad_rms       dead
-        0     Linear  (2, 1)       1.00       2.83       2.24       2.83      0.707             1.58          -
-        1     ReLU    (2, 1)       1.50       2.12       2.12       2.12       1.00                -       0.00
+        name  kind    shape        mean        std        rms     signal       dead
+        0     Linear  (2, 1)       1.00       2.83       2.24       2.83          -
+        1     ReLU    (2, 1)       1.50       2.12       2.12       2.12       0.00
     """
     if loss is None and target is not None:
         raise ValueError("target given without a loss")
@@ -271,7 +264,6 @@ def trace(
         raise ValueError("the model has layers without a shape (lazy); run it once")
     watch = _Watch(model, backward=loss is not None)
     devices = {t.device for t in (*_tensors(x, real=False), *model.parameters()) if t.is_cuda}
-    fast = torch.backends.mha.get_fastpath_enabled()
 
     def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -287,67 +279,53 @@ def trace(
         torch.inference_mode(False),
         torch.set_grad_enabled(loss is not None),
     ):
+        # BatchNorm updates copies of its buffers; functional_call puts the originals back.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        args, kwargs = (x, {}) if isinstance(x, tuple) else ((x,), {})
+        if isinstance(x, Mapping):
+            args, kwargs = (), dict(x)
+        args, kwargs = tree_map(copy, args), tree_map(copy, kwargs)
         with ExitStack() as hooks:
-            # In eval mode a transformer's fast path would pass its modules by.
+            # In eval mode the fast path of nn.TransformerEncoder would pass its modules by.
+            fast = torch.backends.mha.get_fastpath_enabled()
             hooks.callback(torch.backends.mha.set_fastpath_enabled, fast)
             torch.backends.mha.set_fastpath_enabled(False)
-            for module in watch.names:
-                hooks.enter_context(
-                    module.register_forward_pre_hook(watch.before, with_kwargs=True)
-                )
-                hooks.enter_context(module.register_forward_hook(watch.after))
-            # BatchNorm updates copies of its buffers; functional_call puts the originals back.
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            arguments = tree_map(copy, x)
-            args = arguments if isinstance(x, tuple) else () if isinstance(x, dict) else (arguments,)
+            for m in watch.paths:
+                hooks.enter_context(m.register_forward_pre_hook(watch.before, with_kwargs=True))
+                hooks.enter_context(m.register_forward_hook(watch.after))
             hooks.enter_context(watch)
-            output = torch.func.functional_call(
-                model, buffers, args, arguments if isinstance(x, dict) else None
-            )
+            output = torch.func.functional_call(model, buffers, args, kwargs)
         if not watch.rows:
             raise ValueError("no layer or activation ran: nothing to trace")
         if loss is not None:
-            _backward(watch, loss(output) if target is None else loss(output, target), model)
+            value = loss(output) if target is None else loss(output, target)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+                raise ValueError(f"the loss must be a scalar tensor, got {what}")
+            if not value.requires_grad:
+                raise ValueError("the loss does not depend on any layer or parameter")
+            trained = [p for p in model.parameters() if p.requires_grad]
+            # Not value.backward(): that would add to the .grad of the parameters.
+            grads = torch.autograd.grad(value, [*trained, *watch.starts], allow_unused=True)
+            by_weight = dict(zip(trained, grads, strict=False))
+            for row, weight in zip(watch.rows, watch.weights, strict=True):
+                if (grad := by_weight.get(weight)) is not None:
+                    row["weight_grad_rms"] = _sizes(grad)["rms"]
     return Trace(LayerTrace(**row) for row in watch.rows)
 
 
-def _backward(watch: _Watch, value: Any, model: nn.Module) -> None:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ValueError(f"the loss must be a scalar tensor, got {_describe(value)}")
-    if not value.requires_grad:
-        raise ValueError("the loss does not depend on any layer or parameter")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # Not value.backward(): that would add to the .grad of the parameters.
-    grads = torch.autograd.grad(value, [*trained, *watch.starts], allow_unused=True)
-    by_weight = dict(zip(trained, grads, strict=False))
-    for row, weight in zip(watch.rows, watch.weights, strict=True):
-        if by_weight.get(weight) is not None:
-            row["weight_grad_rms"] = _rms(by_weight[weight])
-
-
-def _forward(y: Tensor) -> dict[str, Any]:
-    shape, v = tuple(y.shape), y.double()
-    mean = v.mean()
-    # Divisions of 0 by 0 give nan quietly, where torch.std and torch.var would warn.
-    std = ((v - mean).square().sum() / (v.numel() - 1)).sqrt()
-    rms, signal = _sizes(y)
-    return {"shape": shape, "mean": mean.item(), "std": std.item(), "rms": rms, "signal": signal}
-
-
-def _sizes(y: Tensor) -> tuple[float, float]:
-    """Return rms and signal."""
+def _sizes(y: Tensor) -> dict[str, float]:
     v = y.detach().double()
     if not v.dim():
-        return v.abs().item(), math.nan
+        return {"rms": v.abs().item(), "signal": math.nan}
     across = (v - v.mean(0)).square().sum() / ((len(v) - 1) * (v.numel() / len(v)))
-    return v.square().mean().sqrt().item(), across.sqrt().item()
+    return {"rms": v.square().mean().sqrt().item(), "signal": across.sqrt().item()}
 
 
 def _by_feature(y: Tensor, channels_last: bool) -> Tensor:
     """Return y as (features, all else)."""
-    if y.dim() < 2:
-        return y.detach().reshape(-1, 1)
-    return y.detach().movedim(-1 if channels_last else 1, 0).flatten(1)
+    axis = -1 if channels_last else 1
+    return y.detach().movedim(axis, 0).flatten(1) if y.dim() > 1 else y.detach().reshape(-1, 1)
 
 
 def _tensors(value: Any, real: bool = True) -> Iterator[Tensor]:
@@ -373,13 +351,55 @@ def _role(module: nn.Module) -> str:
     return "mixer" if isinstance(module, MIXERS) else "activation"
 
 
-def _rms(grad: Tensor) -> float:
-    return grad.double().square().mean().sqrt().item()
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:#.3g}".removesuffix(".")
 
 
-def _describe(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def add_command(commands: Any) -> None:
+    """Add `trace` to the subcommands of an argparse parser."""
+    parser = commands.add_parser(
+        "trace",
+        help="judge the init of a network",
+        description="Trace a network on random inputs. The exit status is 1 if it has a problem.",
+    )
+    parser.add_argument("model", help="torchvision:NAME, or module:factory")
+    parser.add_argument("--shape", default="3,224,224", help="of one input, as in 3,224,224")
+    parser.add_argument("--batch", type=int, default=8, help="number of inputs")
+    parser.add_argument("--eval", action="store_true", help="in eval mode")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", metavar="PNG", help="draw the trace into this file")
+    parser.set_defaults(func=main_trace)
+
+
+def main_trace(args: argparse.Namespace) -> int:
+    """Print verdict and table; return 0 if the network is sound, 1 if not, 2 if it does not run."""
+    torch.manual_seed(args.seed)
+    try:
+        module, _, name = args.model.partition(":")
+        shape = [int(size) for size in args.shape.split(",")]
+        if module == "torchvision":
+            model = import_module("torchvision.models").get_model(name, weights=None)
+        else:
+            model = getattr(import_module(module), name)()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{args.model} gives a {type(model).__name__}, not a module")
+        rows = trace(
+            model.train(not args.eval), torch.randn(args.batch, *shape), loss=_random_direction
+        )
+    except Exception as error:  # whatever a foreign factory or model raises
+        print(
+            f"initlab trace: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr
+        )
+        return 2
+    print(rows)
+    if args.save:
+        from initlab.page import plot_trace  # which imports this module
+
+        plot_trace(rows).savefig(args.save)
+    return 1 if rows.problems() else 0
+
+
+def _random_direction(output: Any) -> Tensor:
+    """Return a loss whose gradient is as large for any output."""
+    y = next(_tensors(output))
+    return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)).sum()

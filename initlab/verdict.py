@@ -4,25 +4,43 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from initlab.tracing import LayerTrace
 
+Rows = Sequence["LayerTrace"]
+
 # Where a number strays at random, 5 standard deviations are allowed (one in 3 million, if normal).
 SDS = 5
-# What a fit over depth may show beyond that, as a factor e^2 = 7, for pooling and zero padding.
-# Measured: torchvision's nets of Kaiming weights show e^1.0 at most (VGG-11 in eval mode).
+# What a fit over depth may show beyond that: a factor of e^2 = 7.4, for pooling and zero padding.
+# Measured: of the nets of torchvision with Kaiming weights, VGG-11 in eval mode shows most, e^1.
 SLACK = 2.0
-# One layer's factor against the median layer's. Measured: up to 14 in sound nets of torchvision
-# (a classifier behind a pooling). A factor of 100 planted in a plain net is beyond this 30.
+# One layer's factor over the median layer's. Measured: at most 14 in nets of torchvision that are
+# sound (a classifier behind a pooling). A layer drawn 100 times too large or small is beyond 30.
 LEAP = math.log(30)
 # In a plain net of ReLU and BatchNorm in train mode the gradient's norm grows by 1.21 a layer on
 # its way back, sqrt(pi / (pi - 1)): Yang et al. 2019, A mean field theory of batch normalization.
 NORM_GROWTH = math.log(math.pi / (math.pi - 1)) / 2
-TINY = 1e-300  # stands for 0 in logarithms
-# Below this share of the rms, float32 (eps 1e-7) shows rounding instead of signal.
+# A signal below this share of the rms is rounding: float32 has an eps of 1.2e-7.
 ROUNDING = 1e-6
+# A residual branch whose stream is more than 10 times as large may be small on purpose: the
+# middle, on a log scale, of 1 (no stream) and 100 (a stream of rms 1, a branch times 0.01).
+STREAM = 10
+
+ADVICE = {
+    "not finite": "Look at its weights and at its input.",
+    "dead": "Start its biases at 0; if training did this, start again with a lower rate.",
+    "constant": "Draw its weights at random; zeros are fine only where a residual branch ends.",
+    "scale": "Draw its weights on the scale of the other layers.",
+    "shrinks": "Draw the weights by fan_in with the gain of the activation, or add a normalisation "
+    "(BatchNorm in eval mode is none before training).",
+    "grows": "Draw the weights by fan_in with the gain of the activation, or add a normalisation.",
+    "alike": "Start the biases at 0, and look for a mean that is large against the differences.",
+    "gradient vanishes": "Draw the weights with the gain of the activation, or add a shortcut.",
+    "gradient explodes": "Draw smaller weights in the layers before it, or add a shortcut.",
+}
 
 
 @dataclass(frozen=True)
@@ -31,9 +49,9 @@ class Problem:
 
     Attributes:
         layer: Name of the first layer that causes it.
-        kind: "not finite", "dead", "constant", "scale", "shrinks", "grows", "alike",
-            "gradient vanishes" or "gradient explodes".
-        value: The number that was judged, which `reason` names.
+        kind: One of the keys of `ADVICE`.
+        value: The number that was judged: the factor of this layer ("scale"), of all layers
+            ("shrinks", "grows", "gradient ..."), the dead share, signal / rms ("alike"), else rms.
         reason: What was measured, and what a sound net would show.
         advice: What to do.
     """
@@ -45,256 +63,255 @@ class Problem:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.layer}: {self.kind}. {self.reason} {self.advice}"
+        return f"{self.layer}: {self.kind}\n    {self.reason}\n    {self.advice}"
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A layer and the activations (or eval-mode BatchNorms) that it feeds directly.
-
-    Attributes:
-        row: Index of the layer.
-        name: Its name.
-        factor: Logarithm of the factor by which the signal changes (the rms, for a single input).
-        dilution: The same for signal / rms.
-        hidden: Whether it feeds a normalisation, which takes out its scale.
-        lasts: False if something ten times as large joins the output before the next row, as on
-            the last layer of a residual branch: there a small output is no fault.
-    """
-
-    row: int
-    name: str
-    factor: float
-    dilution: float
-    hidden: bool
-    lasts: bool
-
-
-def diagnose(rows: Sequence["LayerTrace"]) -> list[Problem]:
+def diagnose(rows: Rows) -> list[Problem]:
     """Return the problems that traced rows show, in the order of the layers.
 
-    What follows from a problem is not reported again: rows after a broken one are not judged, and
-    the gradient only where the forward pass is sound.
+    What follows from a problem is not reported again: the rows after a broken one are not judged,
+    nor are the gradients, unless the forward pass is sound.
     """
-    problems = []
-    for find in (_not_finite, _dead, _constant):
+    problems: list[Problem] = []
+    order = {e.name: i for i, e in enumerate(rows)}
+    for find in (_not_finite, _dead, _constant, _forward):
         if found := find(rows):
             end, problem = found
             problems.append(problem)
             rows = rows[:end]
-    stages = _stages(rows)
-    problems += _forward(rows, stages)
-    if not problems:
-        problems += _backward(rows, stages)
-    order = {e.name: -i for i, e in enumerate(rows)}
-    return sorted(problems, key=lambda p: -order.get(p.layer, -len(rows)))
+    if not problems and (problem := _backward(rows)):
+        problems.append(problem)
+    return sorted(problems, key=lambda p: order[p.layer])
 
 
-def _not_finite(rows: Sequence["LayerTrace"]) -> tuple[int, Problem] | None:
+def _problem(layer: str, kind: str, value: float, reason: str) -> Problem:
+    return Problem(layer, kind, value, reason, ADVICE[kind])
+
+
+def _not_finite(rows: Rows) -> tuple[int, Problem] | None:
     for i, e in enumerate(rows):
         if not math.isfinite(e.rms):
-            reason = f"The output's rms is {e.rms}, the input's {e.in_rms:.3g}."
-            return i, Problem(e.name, "not finite", e.rms, reason, "Look at its weights.")
+            reason = f"The rms of its output is {e.rms}, that of its input {e.in_rms:.3g}."
+            return i, _problem(e.name, "not finite", e.rms, reason)
     return None
 
 
-def _dead(rows: Sequence["LayerTrace"]) -> tuple[int, Problem] | None:
-    """Find an activation with more dead features than luck explains.
+def _dead(rows: Rows) -> tuple[int, Problem] | None:
+    """Find an activation with more dead features than luck explains, or with all of them dead.
 
-    If weights and biases are drawn symmetrically about 0, a feature is 0 for all inputs as often as
-    it is above 0 for all. So of m such features, the dead outnumber the others by 5 sqrt(m) with a
-    probability of at most exp(-5^2 / 2) = 4e-6 (Hoeffding's inequality).
+    With weights and biases drawn symmetrically about 0, a feature is below 0 for all inputs as
+    often as it is above 0 for all. So the dead outnumber the others of m such features by 5 sqrt(m)
+    with a probability of at most exp(-5^2 / 2) = 4e-6 (Hoeffding's inequality).
     """
     for i, e in enumerate(rows):
-        if e.dead is None or e.signs is None or not e.dead:
+        if not e.dead or e.signs is None:
             continue
-        (off, on), dead = e.signs, round(e.dead * e.features)
-        if (dead == e.features and off) or min(dead, off) - on > SDS * math.sqrt(off + on):
-            source = rows[i - 1] if i and _feeds(rows, i - 1) else e
+        (below, above), dead = e.signs, round(e.dead * e.features)
+        everything = dead == e.features and below
+        if everything or min(dead, below) - above > SDS * math.sqrt(below + above):
+            source = i - 1 if i and _feeds(rows, i - 1) else i
             reason = (
-                f"Of the {e.features} features of {e.name}, {dead} are 0 for every input and "
-                f"position, {on} are never below 0; symmetric weights give as many of both."
+                f"Of the {e.features} features of {e.name} ({e.kind}), {dead} are 0 for all inputs "
+                f"and positions, and {above} are never below 0: zero biases give as many of both."
             )
-            advice = "Start with a bias of 0; after training steps, lower the rate."
-            end = i if dead == e.features else len(rows)
-            return end, Problem(source.name, "dead", e.dead, reason, advice)
+            end = source if everything else len(rows)
+            return end, _problem(rows[source].name, "dead", e.dead, reason)
     return None
 
 
-def _constant(rows: Sequence["LayerTrace"]) -> tuple[int, Problem] | None:
-    """Find an output that is the same for all inputs, and on which a layer or activation depends.
+def _constant(rows: Rows) -> tuple[int, Problem] | None:
+    """Find an output that is the same for all inputs, though the layer's inputs differ.
 
-    Zeros at the end of a residual branch, or of the net, are a known way to start: no problem.
+    It is a problem if another layer or activation lives on it. At the end of a residual branch
+    (also before its last normalisation), and in the last layer, zeros are a known way to start.
     """
     for i, e in enumerate(rows):
-        if e.role == "activation" or e.in_rms == 0 or (e.signal if e.rms else 0) != 0:
-            continue
-        if e.rms and not e.in_signal > 0:
+        same = e.in_signal > 0 and e.signal == 0 if e.rms else e.in_rms != 0
+        if e.role == "activation" or not same:
             continue
         last = i
-        while last + 1 < len(rows) and _feeds(rows, last) and rows[last + 1].role in NORMS:
+        while last + 1 < len(rows) and _feeds(rows, last):
             last += 1
-        if last + 1 < len(rows) and _feeds(rows, last):
-            reason = f"The output is the same for every input, of rms {e.rms:.3g}."
-            return i, Problem(e.name, "constant", e.rms, reason, "Draw its weights at random.")
+            if rows[last].role not in ("norm", "affine"):
+                reason = f"Its output is the same for all inputs, of rms {e.rms:.3g}."
+                return i, _problem(e.name, "constant", e.rms, reason)
     return None
 
 
-NORMS = ("norm", "affine")
-
-
-def _feeds(rows: Sequence["LayerTrace"], i: int) -> bool:
+def _feeds(rows: Rows, i: int) -> bool:
     """Whether row i + 1 is given what row i puts out: the rms agrees to six digits."""
     return math.isclose(rows[i + 1].in_rms, rows[i].rms, rel_tol=1e-6)
 
 
-def _stages(rows: Sequence["LayerTrace"]) -> list[_Stage]:
+@dataclass(frozen=True)
+class _Stage:
+    """A layer with the activations (or eval-mode BatchNorms) that it feeds directly.
+
+    Attributes:
+        row: Index of the layer.
+        signal: Log of the factor by which it changes the signal (the rms, for a single input).
+        share: The same for signal / rms.
+        hidden: Whether it feeds a normalisation, which takes out its scale.
+        joined: Whether something far larger is added to its output, as at the end of a residual
+            branch, or nothing comes after it: then a small output is no fault.
+    """
+
+    row: int
+    signal: float
+    share: float
+    hidden: bool
+    joined: bool
+
+
+def _stages(rows: Rows) -> list[_Stage]:
     stages = []
     for i, e in enumerate(rows):
-        if e.role != "layer" or not e.in_rms > 0:
-            continue
         last = i
-        while (
-            last + 1 < len(rows)
-            and _feeds(rows, last)
-            and rows[last + 1].role in ("activation", "affine")
-        ):
+        while last + 1 < len(rows) and _feeds(rows, last):
+            if rows[last + 1].role not in ("activation", "affine"):
+                break
             last += 1
-        more, end = last + 1 < len(rows), rows[last]
-        hidden = more and _feeds(rows, last) and rows[last + 1].role == "norm"
-        lasts = more and rows[last + 1].in_rms < 10 * end.rms
-        if end.signal < ROUNDING * end.rms:
+        end, after = rows[last], rows[last + 1] if last + 1 < len(rows) else None
+        if e.role != "layer" or not e.in_rms > 0 or _rounded(end):
             continue
         rms = _log(end.rms) - _log(e.in_rms)
-        factor = rms if math.isnan(end.signal) else _log(end.signal) - _log(e.in_signal)
-        stages.append(_Stage(i, e.name, factor, factor - rms, hidden, lasts))
+        signal = rms if math.isnan(end.signal) else _log(end.signal) - _log(e.in_signal)
+        hidden = after is not None and after.role == "norm" and _feeds(rows, last)
+        joined = after is None or after.in_rms > STREAM * end.rms
+        stages.append(_Stage(i, signal, signal - rms, hidden, joined))
     return stages
 
 
-def _forward(rows: Sequence["LayerTrace"], stages: Sequence[_Stage]) -> list[Problem]:
-    open_ = [s for s in stages if not s.hidden]
-    path = _path(rows, stages)
+def _path(rows: Rows, stages: Sequence[_Stage]) -> Rows:
+    """The rows that show the scale of the signal: normalisations, and layers that none follows."""
+    free = {s.row for s in stages if not s.hidden}
+    return [e for i, e in enumerate(rows) if (i in free or e.role == "norm") and not _rounded(e)]
+
+
+def _forward(rows: Rows) -> tuple[int, Problem] | None:
+    """Find a signal that shrinks or grows, one layer out of scale, or outputs that are alike."""
+    stages = _stages(rows)
+    path, stages = _path(rows, stages), [s for s in stages if not s.hidden]
     if not path or rows[0].in_signal == 0:
-        return []
-    sizes = [e.rms if math.isnan(e.signal) else e.signal for e in path]
-    total, allowed = _fit(sizes), _allowed(path)
-    alike = _relu_loss(rows)
-    advice = "Draw the weights with the gain of the activation, initialize_(model, a=...)"
-    if total < -allowed - alike or total > allowed:
-        kind = "shrinks" if total < 0 else "grows"
-        sound = math.exp(allowed + (alike if total < 0 else 0))
-        culprits = _culprits([s for s in open_ if s.lasts or total > 0], math.copysign(1, total))
-        if culprits:
-            first = culprits[0]
+        return None
+    small = [s for s in stages if not s.joined]
+    stray, loss = _stray(path), _relu_loss(rows)
+    total = _fit([e.rms if math.isnan(e.signal) else e.signal for e in path])
+    if not -stray - loss <= total <= stray:
+        kind, limit = ("shrinks", -stray - loss) if total < 0 else ("grows", stray)
+        by = [(s.signal, s.row) for s in (small if total < 0 else stages)]
+        if culprits := _culprits(by, total):
+            factor, row = culprits[0]
             reason = (
-                f"Over {len(path)} layers the signal {kind} by a factor of {math.exp(abs(total)):.2g}, "
-                f"in {first.name} by {math.exp(abs(first.factor)):.2g}; a sound net of this depth "
-                f"and width stays below {sound:.2g}."
+                f"Over {len(path)} layers the signal {_times(total)}, in this one it "
+                f"{_times(factor)}; in a sound net of this size it {_times(limit)} at most."
             )
-            kind = kind if len(culprits) > 1 else "scale"
-            return [Problem(first.name, kind, math.exp(first.factor), reason, advice)]
-    middle = statistics.median([s.factor for s in open_]) if len(open_) > 2 else 0.0
-    for s in open_:
-        leap = s.factor - middle
-        if leap > LEAP or (leap < -LEAP and s.lasts):
-            reason = (
-                f"The signal changes by a factor of {math.exp(s.factor):.2g}, in the median layer "
-                f"by {math.exp(middle):.2g}; sound nets stay within 30 times of that."
-            )
-            return [Problem(s.name, "scale", math.exp(s.factor), reason, advice)]
+            if len(culprits) == 1:
+                kind, total = "scale", factor
+            return row, _problem(rows[row].name, kind, math.exp(total), reason)
+    middle = statistics.median(s.signal for s in stages) if len(stages) > 2 else 0.0
+    for s in stages:
+        if s.signal - middle > LEAP or (s.signal - middle < -LEAP and s in small):
+            reason = f"The signal {_times(s.signal)} here, in the median layer it {_times(middle)}."
+            return s.row, _problem(rows[s.row].name, "scale", math.exp(s.signal), reason)
     end = next(e for e in reversed(rows) if e.rms)
-    if end.signal / end.rms < (floor := math.exp(-alike - SLACK) * _start(rows)):
-        culprits = _culprits([replace_factor(s) for s in open_], -1)
-        name = culprits[0].name if culprits else end.name
+    share, floor = end.signal / end.rms, math.exp(_log(_share(rows)) - loss - SLACK)
+    if share < floor:
+        culprits = _culprits([(s.share, s.row) for s in stages], -1)
+        layer = rows[culprits[0][1]] if culprits else end
         reason = (
-            f"Only {end.signal / end.rms:.2g} of the rms of {end.name} differs between inputs; "
-            f"ReLUs alone leave more than {floor:.2g}."
+            f"Of the rms of {end.name} only the share {share:.2g} differs between inputs. "
+            f"As many ReLUs without biases leave {floor:.2g} or more."
         )
-        return [Problem(name, "alike", end.signal / end.rms, reason, "Start with a bias of 0.")]
-    return []
+        return len(rows), _problem(layer.name, "alike", share, reason)
+    return None
 
 
-def replace_factor(s):
-    import dataclasses
-    return dataclasses.replace(s, factor=s.dilution)
-
-
-def _backward(rows: Sequence["LayerTrace"], stages: Sequence[_Stage]) -> list[Problem]:
-    path = [e for e in _path(rows, stages) if e.grad_rms]
-    if len(path) < 3:
-        return []
-    # A layer's factor is the same for the rms forward and for the gradient's norm backward.
-    norms = [e.grad_rms * math.sqrt(math.prod(e.shape)) for e in path]
-    total, allowed = -_fit(norms), _allowed(path)
+def _backward(rows: Rows) -> Problem | None:
+    """Find gradients that vanish or explode on the way from the last layer to the first."""
+    for e in reversed(rows):
+        if e.grad_rms is not None and not math.isfinite(e.grad_rms):
+            reason = f"The gradient of its output has rms {e.grad_rms}."
+            return _problem(e.name, "not finite", e.grad_rms, reason)
+    path = [e for e in _path(rows, _stages(rows)) if e.grad_rms]
+    # A layer multiplies the rms going forward and the gradient's norm going backward by the same.
+    norms = [(e.grad_rms or 0.0) * math.sqrt(math.prod(e.shape)) for e in path]
+    total, stray = -_fit(norms), _stray(path)
     growth = NORM_GROWTH * sum(e.role == "norm" for e in path)
-    if -allowed <= total <= allowed + growth:
-        return []
-    sign = math.copysign(1, total)
-    steps = [_log(a) - _log(b) for a, b in zip(norms, norms[1:], strict=False)]
-    worst = max(sign * s for s in steps)
-    at = max(i for i, s in enumerate(steps) if sign * s >= worst / 2)
-    kind = "gradient vanishes" if total < 0 else "gradient explodes"
+    if -stray <= total <= stray + growth:
+        return None
+    kind, limit = ("vanishes", -stray) if total < 0 else ("explodes", stray + growth)
+    steps = [(_log(a) - _log(b), i + 1) for i, (a, b) in enumerate(pairwise(norms))]
+    factor, row = _culprits(steps, total)[-1]
     reason = (
-        f"From the last layer to the first its norm changes by a factor of {math.exp(total):.2g}; "
-        f"a sound net of this depth and width stays within {math.exp(allowed + growth * (total > 0)):.2g}."
+        f"From the last layer to the first its norm {_times(total)}, through this one it "
+        f"{_times(factor)}; in a sound net of this size it {_times(limit)} at most."
     )
-    return [Problem(path[at + 1].name, kind, math.exp(total), reason, "")]
+    return _problem(path[row].name, f"gradient {kind}", math.exp(total), reason)
 
 
-def _path(rows, stages):
-    """Rows that show how large the signal is: norms, and layers that no norm follows; not zeros."""
-    shown = {s.row for s in stages if not s.hidden}
-    return [
-        e
-        for i, e in enumerate(rows)
-        if e.rms and not e.signal < ROUNDING * e.rms and (i in shown or e.role == "norm")
-    ]
+def _culprits(changes: Sequence[tuple[float, int]], total: float) -> list[tuple[float, int]]:
+    """Return the changes in the direction of `total` that are at least half as large as the worst.
+
+    The first of them is named: the one fault, or, where all layers share it, the first layer.
+    """
+    sign = math.copysign(1, total)
+    worst = max((sign * change for change, _ in changes), default=0.0)
+    return [c for c in changes if worst > 0 and sign * c[0] >= worst / 2]
 
 
-def _culprits(stages: Sequence[_Stage], sign: float) -> list[_Stage]:
-    """Stages that change the signal in this direction at least half as much as the worst."""
-    worst = max((sign * s.factor for s in stages), default=0.0)
-    return [s for s in stages if sign * s.factor >= worst / 2 > 0]
+def _slopes(n: int) -> list[float]:
+    """Return weights whose sum over n numbers is the rise of the line fitted to them."""
+    x = [k - (n - 1) / 2 for k in range(n)]
+    return [a * (n - 1) / sum(b * b for b in x) for a in x]
 
 
 def _fit(sizes: Sequence[float]) -> float:
-    """Logarithm of the change from first to last, along a line fitted to all."""
-    n = len(sizes)
-    if n < 3:
+    """Return the rise of a line through the logarithms; two points or fewer show none."""
+    if len(sizes) < 3:
         return 0.0
-    x = [k - (n - 1) / 2 for k in range(n)]
-    slope = sum(a * _log(size) for a, size in zip(x, sizes, strict=True)) / sum(a * a for a in x)
-    return slope * (n - 1)
+    return sum(w * _log(size) for w, size in zip(_slopes(len(sizes)), sizes, strict=True))
 
 
-def _allowed(path: Sequence["LayerTrace"]) -> float:
-    """How far a fitted logarithm strays over these layers in a sound net.
+def _stray(path: Rows) -> float:
+    """Return how far that line rises or falls by chance in a sound net.
 
-    Given the layer before, the mean square of a layer of n features has E[M^2] / E[M]^2 <= 1 + 5/n
-    (ReLU, notebook 6), so its logarithm makes a random walk of variance 5/n a layer, that of the
-    rms a quarter of that. A line fitted to a random walk ends with 6/5 of the walk's variance.
+    Given the layer before, the mean square M of n features after a ReLU has a relative variance of
+    at most 5/n (notebook 6), so log rms makes a random walk with steps of variance 5/(4n).
     """
-    return SLACK + SDS * math.sqrt(1.2 * sum(5 / e.features for e in path) / 4)
+    slopes = _slopes(len(path)) if len(path) > 1 else []
+    walk = (5 / (4 * e.features) * sum(slopes[i:]) ** 2 for i, e in enumerate(path))
+    return SLACK + SDS * math.sqrt(sum(walk))
 
 
-def _relu_loss(rows: Sequence["LayerTrace"]) -> float:
-    """How much signal / rms falls in a wide sound net with as many ReLUs, as a logarithm.
+def _relu_loss(rows: Rows) -> float:
+    """Return -log of the factor by which signal / rms falls through as many wide sound ReLU layers.
 
-    Two inputs of cosine c have, after a ReLU, the cosine (sin t + (pi - t) cos t) / pi, cos t = c:
-    Cho & Saul 2009, Kernel methods for deep learning. Of the mean square, 1 - c differs.
+    Two inputs of cosine cos t have, after such a layer, the cosine (sin t + (pi - t) cos t) / pi
+    (Cho & Saul 2009, Kernel methods for deep learning), and 1 - cosine is (signal / rms)^2.
     """
-    cosine = 1 - _start(rows) ** 2
+    cosine = 1 - _share(rows) ** 2
     for e in rows:
         if e.role == "activation":
-            t = math.acos(min(1.0, max(-1.0, cosine)))
+            t = math.acos(min(cosine, 1.0))
             cosine = (math.sin(t) + (math.pi - t) * math.cos(t)) / math.pi
-    return _log(_start(rows)) - _log(max(1 - cosine, 0)) / 2
+    return _log(_share(rows)) - _log(1 - cosine) / 2
 
 
-def _start(rows) -> float:
-    ratio = rows[0].in_signal / rows[0].in_rms if rows[0].in_rms else 1.0
-    return min(ratio, 1.0) if ratio > 0 else 1.0
+def _share(rows: Rows) -> float:
+    """Return signal / rms of the input; 1 if that is not known, as of tokens."""
+    share = rows[0].in_signal / rows[0].in_rms if rows[0].in_rms else 1.0
+    return min(share, 1.0) if share > 0 else 1.0
+
+
+def _rounded(e: "LayerTrace") -> bool:
+    return e.rms == 0 or e.signal < ROUNDING * e.rms
 
 
 def _log(size: float) -> float:
-    return math.log(max(size, TINY))
+    return math.log(max(size, 1e-300))
+
+
+def _times(change: float) -> str:
+    """Say in words what adding `change` to a logarithm does."""
+    return f"{'falls' if change < 0 else 'grows'} {math.exp(abs(change)):.3g}-fold"

@@ -38,8 +38,10 @@ def stacks(seed: int) -> Case:
     depth, width = [3, 8, 15, 30, 50][seed % 5], [32, 64, 128, 256][seed // 5 % 4]
     scheme = ["kaiming_normal", "kaiming_uniform"][seed % 2]
     if seed % 3:
-        return f"dense {depth} x {width}", kaiming(dense(depth, width), scheme=scheme), torch.randn(
-            32, width
+        return (
+            f"dense {depth} x {width}",
+            kaiming(dense(depth, width), scheme=scheme),
+            torch.randn(32, width),
         )
     net = kaiming(conv_stack(depth, min(width, 64)), scheme=scheme)
     return f"conv {depth} x {min(width, 64)}", net, torch.randn(8, 1, 14, 14)
