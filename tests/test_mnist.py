@@ -16,8 +16,8 @@ import pytest
 import torch
 from torchvision.datasets import MNIST
 
-from initlab import data
-from initlab.data import load_mnist
+from initlab import mnist
+from initlab.mnist import load_mnist
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PACKED = [name for name, _ in MNIST.resources]
@@ -27,15 +27,17 @@ DEAD_MIRROR = "http://127.0.0.1:9/"
 # Importing torch takes far longer than loading, so it is done once, before the fork.
 FOUR_PROCESSES = """
 import os, sys, zlib, torch
-from initlab.data import load_mnist
+from torchvision.datasets import MNIST
+from initlab import load_mnist
 
+MNIST.mirrors = sys.argv[1:]
 children = []
 for threads in (1, 2, 3, 4):
     children.append(os.fork())
     if children[-1] == 0:
         torch.set_num_threads(threads)
         s = load_mnist()
-        sums = [zlib.crc32(t.numpy()) for t in s[:4]]
+        sums = [zlib.crc32(t.numpy()) for t in s if isinstance(t, torch.Tensor)]
         os.write(1, f"{s.mean.hex()} {s.std.hex()} {sums}\\n".encode())
         os._exit(0)  # taking torch down takes longer than loading, too
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
@@ -60,31 +62,14 @@ def fresh(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def contents():
-    """Return the bytes that should be in each unpacked file."""
-    raw = DATA / "MNIST" / "raw"
-    return {
-        name: gzip.decompress((raw / packed).read_bytes())
-        for packed, name in zip(PACKED, UNPACKED, strict=True)
-    }
-
-
-@pytest.fixture
-def used(fresh, contents):
-    """Return a data folder that has the unpacked files as well."""
-    for name, content in contents.items():
-        (fresh / "MNIST" / "raw" / name).write_bytes(content)
-    return fresh
-
-
-@pytest.fixture(scope="session")
-def oracle(contents, tmp_path_factory):
-    """Return torchvision's pictures and labels, unpacked independently."""
+def oracle(tmp_path_factory):
+    """Return torchvision's pictures and labels, of both files, unpacked independently."""
     root = tmp_path_factory.mktemp("oracle")
     (root / "MNIST" / "raw").mkdir(parents=True)
-    for name, content in contents.items():
+    for packed, name in zip(PACKED, UNPACKED, strict=True):
+        content = gzip.decompress((DATA / "MNIST" / "raw" / packed).read_bytes())
         (root / "MNIST" / "raw" / name).write_bytes(content)
-    return MNIST(root)
+    return MNIST(root), MNIST(root, train=False)
 
 
 def listing(root):
@@ -106,38 +91,48 @@ def damage(path, how):
 
 def test_splits_and_statistics_match_torchvision(oracle):
     splits = load_mnist()
-    assert splits.x_train.shape == (50_000, 1, 28, 28)
-    assert splits.x_valid.shape == (10_000, 1, 28, 28)
-    assert splits.x_train.dtype == splits.x_valid.dtype == torch.float32
-    assert splits.y_train.dtype == splits.y_valid.dtype == torch.int64
-    assert torch.equal(splits.y_train, oracle.targets[:50_000])
-    assert torch.equal(splits.y_valid, oracle.targets[50_000:])
     assert type(splits.mean) is type(splits.std) is float
     assert (round(splits.mean, 4), round(splits.std, 4)) == (0.1310, 0.3085)
     # The naive way, in float32 as users would write it
-    x = oracle.data[:50_000].unsqueeze(1) / 255
+    train, test = oracle
+    x = train.data[:50_000].unsqueeze(1) / 255
     mean, std = x.mean(), x.std()
-    assert (splits.x_train - (x - mean) / std).abs().max() < 1e-5
-    x = oracle.data[50_000:].unsqueeze(1) / 255
-    assert (splits.x_valid - (x - mean) / std).abs().max() < 1e-5
+    for x, y, pixels, labels in (
+        (splits.x_train, splits.y_train, train.data[:50_000], train.targets[:50_000]),
+        (splits.x_valid, splits.y_valid, train.data[50_000:], train.targets[50_000:]),
+        (splits.x_test, splits.y_test, test.data, test.targets),
+    ):
+        assert x.shape == (len(labels), 1, 28, 28)
+        assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+        assert torch.equal(y, labels)
+        assert (x - (pixels.unsqueeze(1) / 255 - mean) / std).abs().max() < 1e-5
     assert abs(splits.x_train.mean()) < 1e-5
     assert abs(splits.x_train.std() - 1) < 1e-5
-    assert abs(splits.x_valid.mean()) > 1e-3  # not normalised by its own statistics
+    for x in (splits.x_valid, splits.x_test):  # not normalised by their own statistics
+        assert abs(x.mean()) > 1e-3
+
+
+def test_tensors_are_the_users_own(fresh):
+    splits = load_mnist(fresh)
+    tensors = [t for t in splits if isinstance(t, torch.Tensor)]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) == 6
+    assert all(t.is_contiguous() for t in tensors)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
 
 
 @pytest.mark.parametrize("n_train", [1, 41, 59_999])
 def test_any_split_is_in_file_order_with_exact_statistics(oracle, n_train):
-    splits = load_mnist(n_train=n_train)
-    pixels = oracle.data[:n_train].double() / 255
+    splits, train = load_mnist(n_train=n_train), oracle[0]
+    pixels = train.data[:n_train].double() / 255
     mean, std = pixels.mean().item(), pixels.std().item()
     # Sharp enough to tell the unbiased from the biased standard deviation (1e-8 apart or more)
     assert splits.mean == pytest.approx(mean, rel=1e-9)
     assert splits.std == pytest.approx(std, rel=1e-9)
     assert len(splits.x_train) == len(splits.y_train) == n_train
     assert len(splits.x_valid) == len(splits.y_valid) == 60_000 - n_train
-    assert torch.equal(torch.cat([splits.y_train, splits.y_valid]), oracle.targets)
+    assert torch.equal(torch.cat([splits.y_train, splits.y_valid]), train.targets)
     for part, index, at in [(splits.x_train, -1, n_train - 1), (splits.x_valid, 0, n_train)]:
-        want = (oracle.data[at].double() / 255 - mean) / std
+        want = (train.data[at].double() / 255 - mean) / std
         assert (part[index, 0] - want).abs().max() < 1e-6
 
 
@@ -153,32 +148,12 @@ def test_n_train_of_wrong_type(tmp_path, n_train):
         load_mnist(tmp_path, n_train)
 
 
-def test_four_processes_unpack_a_fresh_clone_at_once(fresh, contents, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FOUR_PROCESSES],
-        cwd=tmp_path,
-        env=os.environ | {"INITLAB_DATA": str(fresh)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    # The same bits whatever the number of threads, and nothing else is printed
-    lines = done.stdout.splitlines()
-    assert len(lines) == 4
-    assert len(set(lines)) == 1
-    assert lines[0].startswith("0x1.")
-    raw = fresh / "MNIST" / "raw"
-    assert listing(raw) == sorted(PACKED + UNPACKED)
-    assert all((raw / name).read_bytes() == content for name, content in contents.items())
-
-
 def test_default_root_is_the_repository_not_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     before = listing(tmp_path)
     assert len(load_mnist().y_train) == 50_000
-    assert data._default_root() == DATA
+    assert mnist._default_root() == DATA
     assert listing(tmp_path) == before
 
 
@@ -190,48 +165,43 @@ def test_root_goes_before_environment_goes_before_default(tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match=r"passed/MNIST/raw/train-images-idx3-ubyte\.gz"):
         load_mnist(str(passed))
     monkeypatch.setenv("INITLAB_DATA", "")
-    assert data._default_root() == DATA
+    assert mnist._default_root() == DATA
 
 
 def test_without_a_default_folder_the_error_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages" / "initlab" / "data.py"))
+    monkeypatch.setattr(mnist, "__file__", str(tmp_path / "site-packages" / "initlab" / "mnist.py"))
     with pytest.raises(FileNotFoundError, match=r"Set INITLAB_DATA .* or pass it as root"):
         load_mnist()
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        ("train-images-idx3-ubyte", "truncated"),
-        ("train-images-idx3-ubyte", "altered"),
-        ("train-labels-idx1-ubyte", "altered"),
-        ("t10k-images-idx3-ubyte", "truncated"),
-    ],
-)
-def test_bad_unpacked_file_is_unpacked_anew_in_silence(used, contents, capfd, name, how):
-    bad = used / "MNIST" / "raw" / name
-    damage(bad, how)
-    splits = load_mnist(used)
-    assert bad.read_bytes() == contents[name]
-    labels = torch.cat([splits.y_train, splits.y_valid])
-    assert bytes(labels.to(torch.uint8).numpy()) == contents["train-labels-idx1-ubyte"][8:]
-    assert listing(used / "MNIST" / "raw") == sorted(PACKED + UNPACKED)
+def test_what_others_unpacked_is_neither_read_nor_touched(fresh, oracle, capfd):
+    raw, processed = fresh / "MNIST" / "raw", fresh / "MNIST" / "processed"
+    processed.mkdir()
+    for name in (MNIST.training_file, MNIST.test_file):
+        torch.save((torch.zeros(1, 28, 28), torch.zeros(1)), processed / name)
+    for name in UNPACKED:
+        (raw / name).write_bytes(b"something else")
+    before = listing(fresh)
+    splits = load_mnist(fresh)
+    assert torch.equal(torch.cat([splits.y_train, splits.y_valid]), oracle[0].targets)
+    assert listing(fresh) == before
+    assert all((raw / name).read_bytes() == b"something else" for name in UNPACKED)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
-@pytest.mark.parametrize("name", PACKED[:2])
-def test_bad_packed_file_offline_is_one_clear_error(used, name, how):
-    bad = used / "MNIST" / "raw" / name
+@pytest.mark.parametrize("name", PACKED)
+def test_bad_file_offline_is_one_clear_error(fresh, name, how):
+    bad = fresh / "MNIST" / "raw" / name
     damage(bad, how)
-    before = listing(used)
+    before = listing(fresh)
     state = "missing" if how == "missing" else "damaged"
     with pytest.raises(RuntimeError, match=f"{name} is {state}.*git checkout.*network") as caught:
-        load_mnist(used)
+        load_mnist(fresh)
     assert str(bad) in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
-    assert listing(used) == before
+    assert listing(fresh) == before
 
 
 @pytest.fixture
@@ -255,23 +225,46 @@ def mirror(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["missing", "altered"])
-def test_bad_packed_file_is_downloaded(used, mirror, how):
+def test_bad_file_is_downloaded(fresh, mirror, how):
     good = DATA / "MNIST" / "raw" / PACKED[1]
     shutil.copy(good, mirror)
-    bad = used / "MNIST" / "raw" / PACKED[1]
+    bad = fresh / "MNIST" / "raw" / PACKED[1]
     damage(bad, how)
-    assert len(load_mnist(used).y_train) == 50_000
+    assert len(load_mnist(fresh).y_train) == 50_000
     assert bad.read_bytes() == good.read_bytes()
-    assert listing(used / "MNIST" / "raw") == sorted(PACKED + UNPACKED)
+    assert listing(fresh / "MNIST" / "raw") == sorted(PACKED)
 
 
-def test_download_with_wrong_md5_is_refused(used, mirror):
+def test_four_processes_download_at_once(fresh, mirror, tmp_path):
+    good = DATA / "MNIST" / "raw" / PACKED[3]
+    shutil.copy(good, mirror)
+    damage(fresh / "MNIST" / "raw" / PACKED[3], "missing")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FOUR_PROCESSES, *MNIST.mirrors],
+        cwd=tmp_path,
+        env=os.environ | {"INITLAB_DATA": str(fresh)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    # The same bits whatever the number of threads, and nothing else is printed
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("0x1.")
+    raw = fresh / "MNIST" / "raw"
+    assert listing(raw) == sorted(PACKED)
+    assert (raw / PACKED[3]).read_bytes() == good.read_bytes()
+
+
+def test_download_with_wrong_md5_is_refused(fresh, mirror):
     (mirror / PACKED[1]).write_bytes(b"not the labels")
-    damage(used / "MNIST" / "raw" / PACKED[1], "missing")
-    before = listing(used)
+    damage(fresh / "MNIST" / "raw" / PACKED[1], "missing")
+    before = listing(fresh)
     with pytest.raises(RuntimeError, match=f"{PACKED[1]} is missing.*corrupted"):
-        load_mnist(used)
-    assert listing(used) == before
+        load_mnist(fresh)
+    assert listing(fresh) == before
 
 
 @pytest.fixture
@@ -294,34 +287,27 @@ def read_only(fresh, tmp_path, monkeypatch):
     return fresh
 
 
-def test_read_only_folder_without_unpacked_files(read_only, oracle, tmp_path):
+def test_read_only_folder(read_only, oracle, tmp_path):
     splits = load_mnist(read_only)
-    assert torch.equal(splits.y_train, oracle.targets[:50_000])
+    assert torch.equal(splits.y_train, oracle[0].targets[:50_000])
     assert listing(read_only / "MNIST" / "raw") == sorted(PACKED)
     assert listing(tmp_path / "spare") == []
 
 
-def test_read_only_folder_with_missing_packed_file(read_only):
+def test_read_only_folder_with_missing_file(read_only):
     (read_only / "MNIST" / "raw" / PACKED[0]).unlink()
     with pytest.raises(RuntimeError, match=r"is missing.*Read-only.*git checkout.*can be written"):
         load_mnist(read_only)
 
 
-def test_interrupted_unpacking_leaves_nothing(fresh, monkeypatch):
-    def interrupted(source, target):
-        target.write(source.read(1000))
+def test_interrupted_download_leaves_nothing(fresh, monkeypatch):
+    def interrupted(url, folder, name, md5):
+        Path(folder, name).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "copyfileobj", interrupted)
+    monkeypatch.setattr(mnist, "download_url", interrupted)
+    damage(fresh / "MNIST" / "raw" / PACKED[0], "altered")
+    before = listing(fresh)
     with pytest.raises(KeyboardInterrupt):
         load_mnist(fresh)
-    assert listing(fresh / "MNIST" / "raw") == sorted(PACKED)
-
-
-def test_old_processed_folder_does_not_replace_the_checked_files(fresh):
-    processed = fresh / "MNIST" / "processed"
-    processed.mkdir()
-    for name in (MNIST.training_file, MNIST.test_file):
-        torch.save((torch.zeros(1, 28, 28), torch.zeros(1)), processed / name)
-    with pytest.raises(RuntimeError, match=r"Remove .*processed"):
-        load_mnist(fresh)
+    assert listing(fresh) == before
