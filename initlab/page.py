@@ -45,10 +45,10 @@ def show(figure: Figure, alt: str) -> None:
 
 
 class Table(pd.DataFrame):
-    """A DataFrame that shows its floats with four decimals.
+    """A DataFrame that shows its floats with four decimals; the values stay as exact as they are.
 
-    A column with sizes below 0.001 or from 10,000 up shows three significant digits instead. The
-    values stay as exact as they are.
+    A column without negative numbers that has some below 0.001, or any column with sizes above
+    10,000, shows three significant digits instead. `attrs["formats"]` overrides both by column.
     """
 
     @property
@@ -62,21 +62,28 @@ class Table(pd.DataFrame):
         return self.to_html(formatters=_formats(self), border=0)
 
 
-def table(rows: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Table:
+def table(
+    rows: Mapping[str, Any] | Iterable[Mapping[str, Any]], formats: Mapping[str, str] | None = None
+) -> Table:
     """Return a table of rows: by name, or a list, whose first column then names them.
 
     A row is a mapping from columns to values, or `Stats` or `Moments`, whose floats it takes.
+    `formats` are format specifications by column, such as ".1%".
 
     Example:
-        >>> table({"default": {"fan_in": 25, "rms": 0.63882}, "Kaiming": {"fan_in": 9, "rms": 1.5}})
+        >>> rows = {"default": {"fan_in": 25, "rms": 0.63882}, "Kaiming": {"fan_in": 9, "rms": 1.5}}
+        >>> table(rows)
                  fan_in    rms
         default      25 0.6388
         Kaiming       9 1.5000
     """
     if isinstance(rows, Mapping):
-        return Table.from_dict({name: _row(row) for name, row in rows.items()}, orient="index")
-    frame = Table([_row(row) for row in rows])
-    return frame.set_index(frame.columns[0]).rename_axis(None)
+        made = Table.from_dict({name: _row(row) for name, row in rows.items()}, orient="index")
+    else:
+        made = Table([_row(row) for row in rows])
+        made = made.set_index(made.columns[0]).rename_axis(None)
+    made.attrs["formats"] = dict(formats or {})
+    return made
 
 
 def _row(row: Any) -> Mapping[str, Any]:
@@ -87,14 +94,18 @@ def _row(row: Any) -> Mapping[str, Any]:
 
 def _formats(frame: pd.DataFrame) -> list[Callable[[float], str] | None]:
     """Return the format of each column; None for what holds no floats."""
+    chosen = frame.attrs.get("formats", {})
 
-    def of(column: pd.Series) -> Callable[[float], str] | None:
+    def of(name: str, column: pd.Series) -> Callable[[float], str] | None:
+        if name in chosen:
+            return ("{:" + chosen[name] + "}").format
         if not pd.api.types.is_float_dtype(column):
             return None
         sizes = column[column != 0].dropna().abs()
-        return "{:z.4f}".format if sizes.between(1e-3, 1e4).all() else "{:#.3g}".format
+        small = (sizes < 1e-3).any() and not (column < 0).any()
+        return "{:#.3g}".format if small or (sizes > 1e4).any() else "{:z.4f}".format
 
-    return [of(frame.iloc[:, i]) for i in range(frame.shape[1])]
+    return [of(name, frame.iloc[:, i]) for i, name in enumerate(frame.columns)]
 
 
 def plot_trace(
