@@ -1,4 +1,4 @@
-"""Hold the stored figures too: nbval by itself compares all of a notebook but its pictures."""
+"""A pytest plugin: compares the figures, which nbval leaves out, and shares work out evenly."""
 
 import base64
 import functools
@@ -8,6 +8,7 @@ import os
 import numpy as np
 from nbval.plugin import IPyNbCell
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ["TQDM_DISABLE"] = "1"  # progress bars are not part of an output
 
@@ -16,10 +17,20 @@ os.environ["TQDM_DISABLE"] = "1"  # progress bars are not part of an output
 FIGURE_TOLERANCE = 1.0
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if isinstance(item, IPyNbCell):
-            item.compare_outputs = functools.partial(_compare, item, item.compare_outputs)
+def pytest_itemcollected(item):
+    if isinstance(item, IPyNbCell):
+        item.compare_outputs = functools.partial(_compare, item, item.compare_outputs)
+
+
+class Scheduler(LoadScopeScheduling):
+    """Each file is one worker's, as with `--dist loadscope`, but of what takes long each test."""
+
+    def _split_scope(self, nodeid):
+        return nodeid if "test_holds_for_" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduler(config, log)
 
 
 def _compare(cell, compare_text, new, stored):
