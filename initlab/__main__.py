@@ -3,11 +3,12 @@
 import argparse
 import sys
 
-from initlab import sweep
+from initlab import sweep, tracing
 
 parser = argparse.ArgumentParser(prog="python -m initlab")
 commands = parser.add_subparsers(required=True)
 sweep.add_command(commands)
+tracing.add_command(commands)
 
 if __name__ == "__main__":
     args = parser.parse_args()
