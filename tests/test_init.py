@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
@@ -73,6 +74,111 @@ def test_gain_is_that_of_torch(a):
 def test_gain_refuses(a):
     with pytest.raises(ValueError, match=f"must be finite, got {a}"):
         gain(a)
+
+
+def upper(t):
+    """Return P(z > t)."""
+    return math.erfc(t / math.sqrt(2)) / 2
+
+
+def density(t):
+    return math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+
+
+def elu_square(alpha):
+    """Return E elu(z)^2, by E[e^(kz); z < 0] = e^(k^2 / 2) P(z > k)."""
+    return 0.5 + alpha**2 * (math.exp(2) * upper(2) - 2 * math.exp(0.5) * upper(1) + 0.5)
+
+
+RELU6 = 0.5 - upper(6) - 6 * density(6) + 36 * upper(6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "square"),
+    [
+        (F.relu, 0.5),
+        (nn.ReLU(inplace=True), 0.5),
+        (nn.LeakyReLU(0.3), (1 + 0.3**2) / 2),
+        (nn.PReLU(init=0.25), (1 + 0.25**2) / 2),
+        (nn.Identity(), 1.0),
+        (torch.exp, math.exp(2)),
+        (torch.sin, (1 - math.exp(-2)) / 2),
+        (lambda z: z**3, 15.0),
+        (lambda z: 1e-100 * z, 1e-200),
+        (nn.ELU(), elu_square(1.0)),
+        (nn.ELU(0.4), elu_square(0.4)),
+        (nn.SELU(), 1.0),
+        # Kinks
+        (F.relu6, RELU6),
+        (nn.ReLU6(), RELU6),
+        (nn.Hardtanh(-0.7, 0.7), 1 - 2 * (0.7 * density(0.7) + 0.51 * upper(0.7))),
+        # Jumps
+        (nn.Hardshrink(0.5), 2 * (0.5 * density(0.5) + upper(0.5))),
+        (nn.Threshold(0.1, 20.0), 0.1 * density(0.1) + upper(0.1) + 400 * upper(-0.1)),
+        (lambda z: (z > 4.321).double(), upper(4.321)),
+    ],
+)
+def test_gain_of_an_activation_in_closed_form(activation, square):
+    assert gain(activation) == pytest.approx(1 / math.sqrt(square), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "activation", [F.gelu, F.silu, F.mish, F.hardswish, F.softplus, torch.tanh, torch.sigmoid]
+)
+def test_gain_of_an_activation_by_the_trapezoidal_rule(activation):
+    z = torch.arange(-40.0, 40.0, 2**-14, dtype=torch.float64)
+    square = (activation(z) ** 2 * (-z * z / 2).exp()).sum() * 2**-14 / math.sqrt(2 * math.pi)
+    assert gain(activation) == pytest.approx(1 / math.sqrt(square), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (torch.zeros_like, "is 0: it has no gain"),
+        (lambda z: z * math.nan, "is not finite"),
+        (lambda z: (z * z).exp(), "is not finite"),
+        (lambda z: (z * z / 4).exp(), "is not finite"),
+        (lambda z: 1 / z, "is not finite"),
+        (nn.Softmax(0), "is not elementwise"),
+        (nn.GLU(), "is not elementwise"),
+        (nn.Dropout(), "is random"),
+    ],
+)
+def test_gain_refuses_an_activation(activation, message):
+    with pytest.raises(ValueError, match=message):
+        gain(activation)
+    layer = nn.Linear(3, 4)
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=message):
+        initialize_(layer, "default", a=activation)
+    assert_same(layer, before)
+
+
+def test_gain_leaves_a_module_alone():
+    module = nn.PReLU()
+    gain(module)
+    assert module.weight.dtype == torch.float32
+    assert module.weight.grad is None
+
+
+@every_layer
+@pytest.mark.parametrize("scheme", ["kaiming_normal", "kaiming_uniform"])
+@pytest.mark.parametrize("mode", ["fan_in", "fan_out"])
+def test_weights_for_an_activation(make, scheme, mode):
+    layer = initialize_(make(), scheme, a=F.gelu, mode=mode, generator=generator())
+    relu = torch_draws(layer.weight.shape, scheme, 0.0, mode, generator())
+    expected = relu * (gain(F.gelu) / math.sqrt(2))
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-6, atol=0)
+
+
+@every_scheme
+def test_an_int_seeds_a_new_generator(scheme):
+    layers = [nn.Conv2d(3, 8, 3) for _ in range(2)]
+    state = torch.get_rng_state()
+    for layer, g in zip(layers, (3, generator(3)), strict=True):
+        initialize_(layer, scheme, bias="default", generator=g)
+    assert_same(layers[0], snapshot(layers[1]))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @every_layer
