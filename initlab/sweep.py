@@ -199,7 +199,7 @@ def _arm(arm: Run, done: Mapping[Run, float]) -> list[Run]:
         if not all(run in done for run in runs):
             return runs
         means = {rate: mean for rate, mean in tuned(arm, done).items() if rate in grid}
-        best = max(means, key=means.__getitem__)
+        best = _promising(arm, means)[0]
         low, high = RATES.index(grid[0]) - 1, RATES.index(grid[-1]) + 1
         if means[best] < CHANCE:
             more = [low, high] if len(grid) == len(GRIDS[arm.optimizer]) else []
@@ -212,6 +212,16 @@ def _arm(arm: Run, done: Mapping[Run, float]) -> list[Run]:
         grid = sorted([*grid, *(RATES[index] for index in more if 0 <= index < len(RATES))])
 
 
+def _promising(arm: Run, means: Mapping[float, float]) -> list[float]:
+    """Return the rates by their mean accuracy; those at chance by their place in the grid."""
+    middle = GRIDS[arm.optimizer][1]
+
+    def key(rate: float) -> tuple[float, float]:
+        return -(means[rate] if means[rate] >= CHANCE else 0.0), abs(math.log(rate / middle))
+
+    return sorted(means, key=key)
+
+
 def _late(arm: Run, done: Mapping[Run, float]) -> list[Run]:
     """Return the long runs of an arm whose final runs ended at chance, by half or more."""
     final = [run for run in _arm(arm, done) if run.stage == "final"]
@@ -220,12 +230,9 @@ def _late(arm: Run, done: Mapping[Run, float]) -> list[Run]:
     if 2 * sum(done[run] < CHANCE for run in final) < len(final):
         return []
     means = tuned(arm, done)
-    # Of equals, which arms at chance are to two decimals, the one nearest to the grid's middle
-    middle = GRIDS[arm.optimizer][1]
-    order = sorted(means, key=lambda rate: (-round(means[rate], 2), abs(math.log(rate / middle))))
     return [
         replace(arm, stage="late", rate=rate, seed=seed, steps=20 * EPOCH)
-        for rate in order[:2]
+        for rate in _promising(arm, means)[:2]
         for seed in LATE_SEEDS
     ]
 
