@@ -300,8 +300,8 @@ def trace(
         if loss is not None:
             value = loss(output) if target is None else loss(output, target)
             if not isinstance(value, Tensor) or value.numel() != 1:
-                what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
-                raise ValueError(f"the loss must be a scalar tensor, got {what}")
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+                raise ValueError(f"the loss must be a scalar tensor, got {got}")
             if not value.requires_grad:
                 raise ValueError("the loss does not depend on any layer or parameter")
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -383,19 +383,17 @@ def main_trace(args: argparse.Namespace) -> int:
             model = getattr(import_module(module), name)()
         if not isinstance(model, nn.Module):
             raise TypeError(f"{args.model} gives a {type(model).__name__}, not a module")
-        rows = trace(
-            model.train(not args.eval), torch.randn(args.batch, *shape), loss=_random_direction
-        )
+        x = torch.randn(args.batch, *shape)
+        rows = trace(model.train(not args.eval), x, loss=_random_direction)
+        if args.save:
+            from initlab.page import plot_trace  # which imports this module
+
+            plot_trace(rows).savefig(args.save)
     except Exception as error:  # whatever a foreign factory or model raises
-        print(
-            f"initlab trace: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr
-        )
+        message = str(error).partition("\n")[0]
+        print(f"initlab trace: {type(error).__name__}: {message}", file=sys.stderr)
         return 2
     print(rows)
-    if args.save:
-        from initlab.page import plot_trace  # which imports this module
-
-        plot_trace(rows).savefig(args.save)
     return 1 if rows.problems() else 0
 
 

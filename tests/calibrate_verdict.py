@@ -80,6 +80,13 @@ def _set(net: nn.Module, parameter: str, value: float) -> nn.Module:
     return net
 
 
+@torch.no_grad()
+def _twice(net: nn.Sequential) -> nn.Module:
+    for layer in net[::2]:
+        layer.weight.mul_(2)
+    return net
+
+
 def resnet() -> nn.Module:
     return torchvision.models.resnet18()
 
@@ -116,10 +123,10 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
         for f in (0.01, 100)
     },
     **{
-        f"weights x {f:g}, VGG-11": (
-            lambda f=f: _scale(torchvision.models.vgg11(num_classes=10), "features.8", f),
-            (4, 3, 64, 64),
-            "features.8",
+        f"weights x {f:g}, squeezenet": (
+            lambda f=f: _scale(torchvision.models.squeezenet1_1(), "features.6.squeeze", f),
+            (8, 3, 64, 64),
+            "features.6.squeeze",
             "scale",
         )
         for f in (0.01, 100)
@@ -175,7 +182,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
         "0",
         "shrinks",
     ),
-    "gain twice too large": (lambda: kaiming(dense(20, 64), a=math.nan), x_dense, "0", "grows"),
+    "a gain twice too large": (lambda: _twice(kaiming(dense(20, 64))), x_dense, "0 2", "grows"),
     "a nan": (
         lambda: _set(kaiming(dense(8, 64)), "6.weight", math.nan),
         x_dense,
@@ -183,16 +190,6 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
         "not finite",
     ),
 }
-
-
-def twice() -> nn.Module:
-    net = kaiming(dense(20, 64))
-    for layer in net[::2]:
-        layer.weight.data.mul_(2)
-    return net
-
-
-FAULTS["gain twice too large"] = (twice, x_dense, "0 2", "grows")
 
 
 def found(fault: str, seed: int) -> tuple[bool, list]:

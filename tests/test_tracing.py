@@ -1,15 +1,19 @@
 """`trace` against forward and backward passes written out by hand."""
 
+import argparse
 import copy
+import dataclasses
 import math
 import weakref
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from initlab.tracing import TRACED, LayerTrace, Trace, trace
+from initlab.page import plot_trace
+from initlab.tracing import LayerTrace, Trace, add_command, trace
 
 
 class Block(nn.Module):
@@ -147,9 +151,158 @@ def test_kinds(layer, shape):
 
 
 def test_other_modules_are_not_traced():
-    assert nn.MultiheadAttention not in TRACED
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Dropout(), nn.Identity())
+    model = nn.Sequential(nn.Identity(), nn.Linear(3, 3), nn.Dropout(), nn.Unflatten(1, (3, 1)))
     assert [e.name for e in trace(model, torch.randn(4, 3))] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "role", "weight"),
+    [
+        (nn.MultiheadAttention(4, 2), (torch.randn(3, 5, 4),) * 3, "mixer", "in_proj_weight"),
+        (nn.LSTM(4, 6), torch.randn(3, 5, 4), "mixer", "weight_ih_l0"),
+        (nn.GRU(4, 6), torch.randn(3, 5, 4), "mixer", "weight_ih_l0"),
+        (nn.LSTMCell(4, 6), torch.randn(3, 4), "mixer", "weight_ih"),
+        (nn.Embedding(9, 4), torch.arange(6).reshape(3, 2), "mixer", "weight"),
+        (nn.LayerNorm(4), torch.randn(3, 4), "norm", "weight"),
+        (nn.GroupNorm(2, 4), torch.randn(3, 4, 2), "norm", "weight"),
+        (nn.BatchNorm1d(4), torch.randn(3, 4), "norm", "weight"),
+        (nn.BatchNorm1d(4).eval(), torch.randn(3, 4), "affine", "weight"),
+        (nn.BatchNorm1d(4, track_running_stats=False).eval(), torch.randn(3, 4), "norm", "weight"),
+    ],
+)
+def test_first_tensor_of_what_a_layer_returns(layer, x, role, weight):
+    output = layer(*x) if isinstance(x, tuple) else layer(x)
+    y = output[0] if isinstance(output, tuple) else output
+    (entry,) = trace(layer, x, loss=lambda out: (out[0] if isinstance(out, tuple) else out).sum())
+    assert (entry.kind, entry.role, entry.shape) == (type(layer).__name__, role, tuple(y.shape))
+    assert entry.rms == pytest.approx(rms(y.detach()), rel=1e-5)
+    assert entry.grad_rms == pytest.approx(1)
+    (grad,) = torch.autograd.grad(y.sum(), layer.get_parameter(weight))
+    assert entry.weight_grad_rms == pytest.approx(rms(grad), rel=1e-4, abs=1e-6)
+
+
+def test_arguments_as_tuple_or_dict_and_outputs_as_dataclass():
+    @dataclasses.dataclass
+    class Output:
+        hidden: torch.Tensor
+        note: str = "one"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+        def forward(self, tokens, scale=1.0):
+            return Output(self.head(scale * self.embed(tokens)))
+
+    model, tokens = Model(), torch.tensor([[0, 1], [2, 3]])
+    scale = torch.tensor(2.0)
+    by_name = trace(model, {"tokens": tokens, "scale": scale}, loss=lambda out: out.hidden.sum())
+    assert str(by_name) == str(trace(model, (tokens, scale), loss=lambda out: out.hidden.sum()))
+    assert [e.name for e in by_name] == ["embed", "head"]
+    assert by_name[1].in_rms == pytest.approx(2 * by_name[0].rms)
+    assert math.isnan(by_name[0].in_rms)
+    assert by_name[0].grad_rms is not None
+    model.requires_grad_(False)
+    frozen = trace(model, (tokens, scale), loss=lambda out: out.hidden.sum())
+    assert [e.grad_rms for e in frozen] == pytest.approx([e.grad_rms for e in by_name])
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (torch.relu, "relu"),
+        (torch.relu_, "relu"),
+        (functional.relu, "relu"),
+        (lambda h: functional.relu(h, inplace=True), "relu"),
+        (lambda h: h.relu(), "relu"),
+        (lambda h: h.relu_(), "relu"),
+        (lambda h: functional.leaky_relu(h, 0.2), "leakyrelu"),
+        (functional.gelu, "gelu"),
+        (functional.silu, "silu"),
+        (functional.hardswish, "hardswish"),
+        (functional.sigmoid, "sigmoid"),
+        (lambda h: h.tanh(), "tanh"),
+        (lambda h: functional.threshold(h, 0.1, 0.0), "threshold"),
+    ],
+)
+def test_activations_called_as_functions(call, kind):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 4)
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x):
+            return self.inner(call(self.first(x)))
+
+    model, x = Model(), torch.randn(5, 3)
+    z = model.first(x)
+    y = call(z.clone())
+    out = model.inner(y)
+    of_z, of_y = torch.autograd.grad(out.square().sum(), [z, y])
+    entries = trace(model, x, loss=lambda out: out.square().sum())
+    assert [e.name for e in entries] == ["first", kind, "inner.0", "inner.1"]
+    assert entries[1].role == "activation"
+    assert entries[0].rms == entries[1].in_rms == pytest.approx(rms(z.detach()))
+    assert entries[1].rms == entries[2].in_rms == pytest.approx(rms(y.detach()))
+    assert entries[0].grad_rms == pytest.approx(rms(of_z), rel=1e-5)
+    assert entries[1].grad_rms == pytest.approx(rms(of_y), rel=1e-5)
+
+
+def test_functions_are_named_after_the_module_that_calls_them():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return functional.relu(x) + functional.relu(-x) + functional.softmax(x, -1)
+
+    names = [e.name for e in trace(nn.Sequential(Inner(), nn.Linear(2, 2)), torch.randn(3, 2))]
+    assert names == ["0.relu", "0.relu#2", "1"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_transformer_shows_its_layers_in_eval_mode_too(training):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).train(training)
+    x = torch.randn(3, 4, 8)
+    expected = model(x)
+    assert torch.backends.mha.get_fastpath_enabled()
+    entries = trace(model, x)
+    assert torch.backends.mha.get_fastpath_enabled()
+    names = ["self_attn", "norm1", "linear1", "relu", "linear2", "norm2"]
+    assert [e.name for e in entries] == [f"layers.{i}.{name}" for i in (0, 1) for name in names]
+    assert entries[-1].rms == pytest.approx(rms(expected.detach()), rel=1e-5)
+    with pytest.raises(RuntimeError, match="boom"):
+        trace(nn.Sequential(model, Raises()), x)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_dead_features_along_channels_or_the_last_dimension():
+    conv, linear = nn.Conv2d(1, 4, 1), nn.Linear(4, 5)
+    nn.init.ones_(conv.weight)
+    conv.bias.data = torch.tensor([-9.0, 0.0, 9.0, -9.0])
+    picture = torch.tensor([-1.0, 1.0]).reshape(1, 1, 1, 2).repeat(3, 1, 2, 1)
+    act = trace(nn.Sequential(conv, nn.ReLU(inplace=True)), picture)[1]
+    assert (act.dead, act.signs, act.features) == (0.5, (2, 1), 4)
+    nn.init.zeros_(linear.weight)
+    linear.bias.data = torch.tensor([-1.0, 1.0, 1.0, 1.0, 0.0])
+    act = trace(nn.Sequential(linear, nn.ReLU()), torch.randn(2, 3, 4))[1]
+    assert (act.dead, act.signs, act.features) == (0.4, (1, 3), 5)
+    assert trace(nn.Sequential(linear, nn.Tanh()), torch.randn(2, 4))[1].dead is None
+
+
+def test_a_caught_exception_inside_the_model_does_not_derail_the_trace():
+    class Catches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fails, self.head = Raises(), nn.Linear(2, 2)
+
+        def forward(self, x):
+            try:
+                self.fails(x)
+            except RuntimeError:
+                return self.head(x).relu()
+
+    assert trace(Catches(), torch.randn(3, 2))[0].name == "head"
 
 
 def test_prelu_weight_and_tied_weight():
@@ -272,7 +425,7 @@ def test_leaves_everything_as_it_was(x, target, where):
 def test_runs_in_the_mode_the_model_is_in(x):
     model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU())
     x = 5 + 2 * x
-    in_training, in_evaluation = trace(model, x)[0], trace(model.eval(), x)[0]
+    in_training, in_evaluation = trace(model, x)[1], trace(model.eval(), x)[1]
     assert in_training.rms < 1
     assert in_evaluation.rms > 4
 
@@ -296,8 +449,8 @@ def test_errors(block, x, target):
     with pytest.raises(ValueError, match="target given without a loss"):
         trace(block, x, target)
     with pytest.raises(ValueError, match="nothing to trace"):
-        trace(nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()), x)
-    with pytest.raises(ValueError, match="scalar tensor, got float"):
+        trace(nn.Sequential(nn.Dropout(), nn.Flatten()), x)
+    with pytest.raises(ValueError, match=r"scalar tensor, got 1\.0"):
         trace(block, x, target, lambda out, target: 1.0)
     with pytest.raises(ValueError, match="does not depend"):
         trace(block, x, target, lambda out, target: torch.tensor(1.0))
@@ -322,6 +475,8 @@ def test_table():
     )
     assert str(entries) == repr(entries)
     assert repr(entries).splitlines() == [
+        "no problems found",
+        "",
         "name   kind    shape              mean        std        rms     signal",
         "0      Conv2d  (2, 3, 4, 4)  -1.23e-05      0.500        123        nan",
         "1.act  ReLU    (2, 3)             0.00   1.23e+03       1.00     0.0351",
@@ -330,7 +485,85 @@ def test_table():
 
 def test_table_shows_gradients_where_there_are_any():
     entries = Trace([LayerTrace("0", "ReLU", (2,), 0.0, 0.0, 0.0, 0.0, grad_rms=0.25)])
-    header, row = repr(entries).splitlines()
-    assert header.split()[-2:] == ["grad_rms", "weight_grad_rms"]
-    assert row.split()[-2:] == ["0.250", "-"]
+    *_, header, row = repr(entries).splitlines()
+    assert header.split()[-2:] == ["signal", "grad_rms"]
+    assert row.split()[-2:] == ["0.00", "0.250"]
     assert len(header) == len(row)
+
+
+def plain(n):
+    return Trace(
+        LayerTrace(str(i), "Linear", (4, 9), 0.0, 1.0, 1.0, 1.0, in_rms=1.0, in_signal=1.0)
+        for i in range(n)
+    )
+
+
+def test_the_table_folds_what_has_no_problem():
+    entries = plain(30)
+    lines = str(entries).splitlines()
+    assert [line.split()[0] for line in lines[3:]] == list("01234") + ["..."] + [
+        str(i) for i in range(25, 30)
+    ]
+    assert "... 20 rows, rms 1.00 to 1.00" in lines
+    entries[12] = dataclasses.replace(entries[12], rms=math.nan)
+    lines = str(entries).splitlines()
+    assert lines[:2] == ["1 problem found", "12: not finite"]
+    assert [line for line in lines if line.startswith("...")] == [
+        "... 6 rows, rms 1.00 to 1.00",
+        "... 11 rows, rms 1.00 to 1.00",
+    ]
+    assert len(entries.to_frame()) == 30
+    assert entries.to_frame().loc["3", "rms"] == 1
+
+
+def test_plot_of_one_trace_of_several_and_of_sets():
+    sound, faulty = plain(8), plain(6)
+    faulty[3] = dataclasses.replace(faulty[3], rms=math.nan, signal=math.nan)
+    figure = plot_trace(faulty)
+    assert [ax.get_yscale() for ax in figure.axes] == ["log", "log"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["3: not finite"]
+    assert [line.get_xdata()[0] for line in figure.axes[1].lines[1:]] == [4]
+    plt.close(figure)
+    figure = plot_trace({"a": sound, "b": faulty, "c": [sound, sound]}, ["rms"])
+    texts = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert texts == ["a", "b", "3: not finite", "c"]
+    plt.close(figure)
+    assert not plot_trace(sound).legends
+    plt.close()
+
+
+def run_command(capsys, *argv):
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    args = parser.parse_args(["trace", *argv])
+    status = args.func(args)
+    return status, *capsys.readouterr()
+
+
+def test_command(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine_for_trace.py").write_text(
+        "from torch import nn\nfactory = nn.Tanh\nno = dict"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    png = tmp_path / "t.png"
+    status, out, err = run_command(
+        capsys, "mine_for_trace:factory", "--shape", "7", "--save", str(png)
+    )
+    assert (status, err, out.splitlines()[0]) == (0, "", "no problems found")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    status, out, err = run_command(
+        capsys, "torchvision:mobilenet_v2", "--shape", "3,64,64", "--eval", "--batch", "4"
+    )
+    assert (status, err, out.splitlines()[0]) == (1, "", "1 problem found")
+    for argv, match in (
+        (["torchvision:nonsense"], "nonsense"),
+        (["no_such_module_here:x"], "no_such_module_here"),
+        (["mine_for_trace:absent"], "absent"),
+        (["mine_for_trace:no"], "dict"),
+        (["mine_for_trace:factory", "--shape", "3,x"], "x"),
+        (["torchvision:resnet18", "--shape", "5,32,32"], "channels"),
+        (["mine_for_trace:factory", "--batch", "0"], "empty"),
+    ):
+        status, out, err = run_command(capsys, *argv)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert match in err

@@ -1,0 +1,155 @@
+"""Verdicts on sound nets, on planted faults and on what is no fault. Counts: calibrate_verdict."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from calibrate_verdict import FAULTS, dense, found, judge, kaiming, sound, stacks
+from torch import nn
+
+from initlab import trace
+from initlab.tracing import LayerTrace, Trace
+from initlab.verdict import SLACK, diagnose
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sound_stacks(seed):
+    torch.manual_seed(seed)
+    name, net, x = stacks(seed)
+    assert judge(net, x).problems() == [], name
+
+
+def test_sound_networks_of_torchvision():
+    for name, net, x in list(sound(3))[1:]:
+        assert judge(net, x[:4]).problems() == [], name
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults(fault):
+    right, problems = found(fault, seed=100)
+    assert right, problems
+    assert len(problems) == 1
+    assert all(p.reason and p.advice and p.layer in str(p) for p in problems)
+
+
+class Residual(nn.Module):
+    """x + last(relu(first(x))), then a head."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        self.first, self.last, self.head = (nn.Linear(64, 64) for _ in range(3))
+        self.norm = nn.BatchNorm1d(64) if norm else nn.Identity()
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.norm(self.last(self.first(x).relu()))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("case", ["last", "norm", "last before norm", "head", "last x 0.01"])
+@torch.no_grad()
+def test_a_branch_or_head_that_starts_at_zero_is_no_problem(case):
+    torch.manual_seed(0)
+    net = Residual(norm="norm" in case)
+    layer = net.get_submodule(case.split()[0])
+    layer.weight.mul_(0.01 if "0.01" in case else 0)
+    if "0.01" not in case:
+        layer.bias.zero_()
+    assert judge(net, torch.randn(32, 64)).problems() == []
+
+
+@torch.no_grad()
+def test_a_branch_that_starts_at_zero_and_stays_there_is_one():
+    net = Residual()
+    net.first.weight.zero_()
+    net.first.bias.zero_()
+    (problem,) = judge(net, torch.randn(32, 64)).problems()
+    assert (problem.layer, problem.kind) == ("first", "constant")
+
+
+def test_a_layer_that_a_normalisation_follows_may_have_any_scale():
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)) for _ in range(5)))
+    net[2][0].weight.data.mul_(1000)
+    assert judge(net, torch.randn(32, 64)).problems() == []
+
+
+def test_outputs_that_are_alike():
+    torch.manual_seed(0)
+    net = kaiming(dense(4, 64))
+    net[2].bias.data.fill_(100)
+    (problem,) = judge(net, torch.randn(32, 64)).problems()
+    assert (problem.layer, problem.kind) == ("2", "alike")
+    assert problem.value < math.exp(-SLACK)
+    assert judge(net, torch.zeros(32, 64)).problems() == []  # so are the inputs: no verdict
+
+
+def test_some_dead_units_are_luck_and_many_are_not():
+    torch.manual_seed(0)
+    net, x = kaiming(dense(2, 256)), torch.randn(4, 256)  # of 4 inputs, 1/16 of the units are dead
+    entries = judge(net, x)
+    assert 0.02 < entries[1].dead < 0.12
+    assert entries.problems() == []
+    net[0].bias.data[:80] = -9
+    (problem,) = judge(net, x).problems()
+    assert (problem.layer, problem.kind) == ("0", "dead")
+    assert 80 / 256 <= problem.value < 0.5
+
+
+def chain(sizes, grads=None, shape=(4, 100)):
+    """Layers of 100 features, one after the other, whose outputs have these sizes."""
+    grads = grads or [None] * len(sizes)
+    return Trace(
+        LayerTrace(
+            str(i), "Linear", shape, 0.0, y, y, y, g, in_rms=x, in_signal=x, features=shape[1]
+        )
+        for i, (x, y, g) in enumerate(zip([1.0, *sizes], sizes, grads, strict=False))
+    )
+
+
+def kinds(entries):
+    return [(p.layer, p.kind) for p in diagnose(entries)]
+
+
+@pytest.mark.parametrize(
+    ("factor", "kind"), [(-1.0, "vanishes"), (1.0, "explodes"), (-0.2, None), (0.2, None)]
+)
+def test_gradients(factor, kind):
+    grads = [math.exp(-factor * i) for i in range(15)]
+    expected = [("14", f"gradient {kind}")] if kind else []
+    assert kinds(chain([1.0] * 15, grads)) == expected
+    grads[5] = math.inf
+    assert kinds(chain([1.0] * 15, grads)) == [("5", "not finite")]
+
+
+def test_gradients_may_grow_by_a_fifth_through_each_normalisation():
+    grads = [1.2 ** (60 - i) for i in range(60)]
+    assert kinds(chain([1.0] * 60, grads)) == [("59", "gradient explodes")]
+    norms = Trace(dataclasses.replace(e, role="norm") for e in chain([1.0] * 60, grads))
+    assert kinds(norms) == []
+
+
+def test_thresholds_follow_width_and_depth():
+    fall = [math.exp(-0.25 * i) for i in range(1, 21)]  # e^-4.75 in the end
+    assert kinds(chain(fall)) == [("0", "shrinks")]
+    assert kinds(chain(fall, shape=(4, 16))) == []
+    assert kinds(chain(fall[:8])) == []
+    assert kinds(chain([1 / size for size in fall])) == [("0", "grows")]
+
+
+def test_the_first_cause_comes_first_and_its_consequences_not_at_all():
+    sizes = [1.0] * 5 + [1e-3] * 10
+    assert kinds(chain(sizes)) == [("5", "scale")]
+    assert kinds(chain([*sizes, math.nan, math.nan])) == [("5", "scale"), ("15", "not finite")]
+
+
+def test_a_single_input_is_judged_by_its_rms():
+    torch.manual_seed(0)
+    net = kaiming(dense(8, 64))
+    assert trace(net, torch.randn(1, 64)).problems() == []
+    net[4].weight.data.mul_(100)
+    assert [p.layer for p in trace(net, torch.randn(1, 64)).problems()] == ["4"]
+
+
+def test_no_rows_no_problems():
+    assert Trace().problems() == []
