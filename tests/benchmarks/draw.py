@@ -1,7 +1,7 @@
 """Time of `draw()` against the plain loop over draws and slopes, and its memory against n.
 
-Run `python benchmarks/draw.py`; it exits with 1 if `draw` is not as many times faster as it should
-be, or if 10,000 draws take more memory than 100.
+Run `python tests/benchmarks/draw.py`; it exits with 1 if `draw` is not as many times faster
+as it should be, or if 10,000 draws take more memory than 100.
 """
 
 import resource
@@ -22,7 +22,7 @@ def ours(x, conv, slopes: list[float], n: int) -> list:
     from initlab import draw
 
     drawn = draw(x, conv, "default", n=n)
-    return [drawn.at(slope) for slope in slopes]
+    return [drawn.each(slope) for slope in slopes]
 
 
 def plain(x, conv, slopes: list[float], n: int) -> list:
