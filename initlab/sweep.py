@@ -131,8 +131,9 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         ]
 
     return [
-        some("sgd", "none", 2, 4, 8, 16),
+        some("sgd", "none", 2, 4, 8),
         some("sgd", "batch", 8) + some("adam", "none", 8),
+        some("sgd", "none", 16),
         causes,
         some("sgd", "batch", 2, 4) + some("adam", "none", 2, 4) + some("adam", "batch", 2, 4, 8),
         others,
@@ -159,7 +160,7 @@ def plan(record: pd.DataFrame | None = None, slope: float = 0.0) -> list[Run]:
     Example:
         >>> runs = plan()
         >>> len(runs), runs[0].stage, runs[0].rate
-        (48, 'tune', 0.01)
+        (36, 'tune', 0.01)
     """
     done = {} if record is None else _accuracies(record)
     runs: list[Run] = []
