@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from initlab.verdict import Problem, diagnose
+from initlab.verdict import ROUNDING, Problem, diagnose
 
 LAYERS = (_ConvNd, nn.Linear)
 MIXERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
@@ -94,7 +94,14 @@ class Trace(list[LayerTrace]):
     """A list of `LayerTrace`, in the order of execution, that prints as a verdict and a table."""
 
     def problems(self) -> list[Problem]:
-        """Return what is wrong, first cause first; see `initlab.verdict` for the thresholds."""
+        """Return what is wrong, first cause first; see `initlab.verdict` for the thresholds.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 2))
+            >>> _ = nn.init.constant_(model[0].bias, -10)
+            >>> [(p.layer, p.kind, p.value) for p in trace(model, torch.randn(8, 9)).problems()]
+            [('0', 'dead', 1.0)]
+        """
         return diagnose(self)
 
     def to_frame(self) -> pd.DataFrame:
@@ -107,6 +114,8 @@ class Trace(list[LayerTrace]):
         numbers = [n for n in numbers if any(getattr(e, n) is not None for e in self)]
         table = [["name", "kind", "shape", *numbers]]
         for e in self:
+            if abs(e.mean) < ROUNDING * e.rms:  # another processor would print another number
+                e = dataclasses.replace(e, mean=0.0)
             table.append([e.name, e.kind, str(e.shape)] + [_number(getattr(e, n)) for n in numbers])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         # 9 characters hold any number (-1.23e-05), so that tables of different models line up.

@@ -112,7 +112,7 @@ def _dead(rows: Rows) -> tuple[int, Problem] | None:
             source = i - 1 if i and _feeds(rows, i - 1) else i
             reason = (
                 f"Of the {e.features} features of {e.name} ({e.kind}), {dead} are 0 for all inputs "
-                f"and positions, and {above} are never below 0: zero biases give as many of both."
+                f"and positions, and {above} are never below 0; biases of 0 give as many of both."
             )
             end = source if everything else len(rows)
             return end, _problem(rows[source].name, "dead", e.dead, reason)

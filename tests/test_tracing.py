@@ -528,6 +528,10 @@ def test_plot_of_one_trace_of_several_and_of_sets():
     texts = [t.get_text() for t in figure.legends[0].get_texts()]
     assert texts == ["a", "b", "3: not finite", "c"]
     plt.close(figure)
+    figure = plot_trace({"a": [sound]}, ["rms"], {"a": {"rms": [2.0] * 8}})
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "theory"]
+    assert list(figure.axes[0].lines[1].get_ydata()) == [2.0] * 8
+    plt.close(figure)
     assert not plot_trace(sound).legends
     plt.close()
 
