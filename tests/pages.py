@@ -105,8 +105,8 @@ def localize(html: str, source: Path, out: Path) -> str:
         heading["id"] = slug(heading.get_text())
     for table in soup("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
-    for picture in soup("img"):  # which scrolls on a phone before it is too small to read
-        picture["style"] = f"min-width: min(30rem, {picture.get('width', 999)}px)"
+    for picture in soup("img"):  # figures are legible at half their size; below it they scroll
+        picture["style"] = f"min-width: {int(picture.get('width', 800)) // 2}px"
         picture.wrap(soup.new_tag("span", attrs={"class": "wide"}))
     for tag in soup.find_all(["a", "img"]):
         key = "src" if tag.name == "img" else "href"
