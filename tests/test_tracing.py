@@ -469,8 +469,8 @@ def test_lazy_layers_stay_lazy():
 def test_table():
     entries = Trace(
         [
-            LayerTrace("0", "Conv2d", (2, 3, 4, 4), -1.23456e-5, 0.5, 123.4, math.nan),
-            LayerTrace("1.act", "ReLU", (2, 3), 0.0, 1234.5, 1.0, 0.03512),
+            LayerTrace("0", "Conv2d", (2, 3, 4, 4), -1.23456e-5, 0.5, 1.234, math.nan),
+            LayerTrace("1.act", "ReLU", (2, 3), 9e-7, 1234.5, 1.0, 0.03512),
         ]
     )
     assert str(entries) == repr(entries)
@@ -478,7 +478,7 @@ def test_table():
         "no problems found",
         "",
         "name   kind    shape              mean        std        rms     signal",
-        "0      Conv2d  (2, 3, 4, 4)  -1.23e-05      0.500        123        nan",
+        "0      Conv2d  (2, 3, 4, 4)  -1.23e-05      0.500       1.23        nan",
         "1.act  ReLU    (2, 3)             0.00   1.23e+03       1.00     0.0351",
     ]
 
