@@ -324,11 +324,10 @@ def train(run: Run) -> dict[str, Any]:
             generator=Generator().manual_seed(run.seed),
             after=after,
         )
-        computed = [loss for loss in losses if not math.isnan(loss)]
-        record["diverged"] = len(computed) < run.steps and not (
-            run.stage == "late" and record["step_90"] is not None
-        )
-        record |= {f"loss_{k}": losses[k - 1] for k in LOOKS if k <= len(computed)}
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        ended = run.stage == "late" and record["step_90"] is not None
+        record["diverged"] = len(finite) < run.steps and not ended
+        record |= {f"loss_{k}": losses[k - 1] for k in LOOKS if k <= len(finite)}
         record["valid_accuracy"] = accuracy(model, data.x_valid, data.y_valid, 250)
         record["test_accuracy"] = accuracy(model, data.x_test, data.y_test, 250)
     finally:
