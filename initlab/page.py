@@ -112,6 +112,7 @@ def plot_trace(
     traces: Trace | Mapping[str, Trace | Sequence[Sequence[LayerTrace]]],
     fields: Sequence[str] | None = None,
     theory: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draw fields of traces over the layers, on log axes, a panel a field and a colour a name.
 
@@ -121,6 +122,7 @@ def plot_trace(
             mean, the band their range.
         fields: Attributes of `LayerTrace`; by default signal, rms and, if there is one, grad_rms.
         theory: By name and field, a value a layer, drawn dashed.
+        colors: By name; by default those of the style, in their order.
 
     Returns:
         The figure, not yet shown.
@@ -145,7 +147,7 @@ def plot_trace(
             rows = [[getattr(e, field) or math.nan for e in net] for net in nets]
             values = torch.tensor(rows, dtype=torch.float64)
             layers = range(1, values.shape[1] + 1)
-            color = f"C{number}"
+            color = (colors or {}).get(name, f"C{number}")
             ax.plot(layers, values.log().mean(0).exp(), color=color, label=name)
             ax.fill_between(layers, values.amin(0), values.amax(0), color=color, alpha=0.2, lw=0)
             if theory and field in theory.get(name, {}):

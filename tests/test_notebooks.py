@@ -15,7 +15,7 @@ from regenerate import tags
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-NOT_YET_SHORT = ("04", "05", "06", "07")  # still to be rewritten in short cells
+NOT_YET_SHORT = ("06", "07")  # still to be rewritten in short cells
 FOLDED = {"check", "stored", "figure"}
 
 # What a reader might put into the cell of parameters: each parameter of a notebook once smaller
@@ -47,7 +47,7 @@ OTHER_VALUES = [
             "n_draws": "220",
         },
     ),
-    ("05", {"seed": "1", "slope": "0.3", "max_slope": "0.5", "n_draws": "100"}),
+    ("05", {"seed": "1", "slope": "0.3", "max_slope": "0.5", "n_draws": "3"}),
     ("05", {"seed": "77", "slope": "1.5", "max_slope": "3.0", "n_draws": "1010"}),
     (
         "06",
