@@ -134,7 +134,9 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         some("sgd", "none", 2, 4, 8),
         some("sgd", "batch", 8) + some("adam", "none", 8),
         some("sgd", "none", 16),
-        causes,
+        # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
+        [causes[3], causes[2]],
+        [arm for arm in causes if arm not in (causes[2], causes[3])],
         some("sgd", "batch", 2, 4) + some("adam", "none", 2, 4) + some("adam", "batch", 2, 4, 8),
         others,
         some("sgd", "batch", 16) + some("adam", "none", 16) + some("adam", "batch", 16),
