@@ -87,6 +87,30 @@ OTHER_VALUES = [
             "n_valid": "500",
         },
     ),
+    (
+        "08",
+        {
+            "seed": "1",
+            "n_draws": "4",
+            "factor": "0.001",
+            "blocks": "(2, 3)",
+            "depth": "5",
+            "width": "64",
+            "start": "0.1",
+        },
+    ),
+    (
+        "08",
+        {
+            "seed": "77",
+            "n_draws": "12",
+            "factor": "100.0",
+            "blocks": "(6, 20)",
+            "depth": "33",
+            "width": "300",
+            "start": "4.0",
+        },
+    ),
 ]
 LEFT_OUT = {"07": "all but the slope only make it slower"}  # of the larger values
 
