@@ -23,7 +23,11 @@ from pygments.formatters import HtmlFormatter
 ROOT = Path(__file__).resolve().parents[1]
 FOLDED = {"check", "stored", "figure"}  # tags; a cell with a hidden source is folded too
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-PAGES = {ROOT / "README.md": "index.html", ROOT / "data" / "README.md": "data.html"}
+PAGES = {
+    ROOT / "README.md": "index.html",
+    ROOT / "data" / "README.md": "data.html",
+    ROOT / "data" / "training" / "README.md": "training.html",
+}
 PAGES |= {path: f"{path.stem}.html" for path in NOTEBOOKS}
 
 TEMPLATE = """{% extends "base/display_priority.j2" %}
