@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import warnings
 import zlib
 from http.client import HTTPException
 from math import sqrt
@@ -74,20 +75,14 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
     if not 1 <= n_train < N_PICTURES:
         raise ValueError(f"n_train must be within 1..{N_PICTURES - 1:,}, got {n_train:,}")
     raw = (_default_root() if root is None else Path(root).expanduser()) / "MNIST" / "raw"
-    pixels, labels, test_pixels, test_labels = (
-        _read(raw / name, md5) for name, md5 in MNIST.resources
-    )
+    files = (_read(raw / name, md5) for name, md5 in MNIST.resources)  # one at a time
+    pixels, labels = next(files), next(files)
     mean, std = _mean_std(pixels[:n_train])
-    return MNISTSplits(
-        _normalise(pixels[:n_train], mean, std),
-        labels[:n_train].long(),
-        _normalise(pixels[n_train:], mean, std),
-        labels[n_train:].long(),
-        mean / 255,
-        std / 255,
-        _normalise(test_pixels, mean, std),
-        test_labels.long(),
-    )
+    x_train, x_valid = (_normalise(p, mean, std) for p in (pixels[:n_train], pixels[n_train:]))
+    y_train, y_valid = labels[:n_train].long(), labels[n_train:].long()
+    del pixels  # or its memory would add to that of the test pictures
+    x_test, y_test = _normalise(next(files), mean, std), next(files).long()
+    return MNISTSplits(x_train, y_train, x_valid, y_valid, mean / 255, std / 255, x_test, y_test)
 
 
 def _read(path: Path, md5: str) -> Tensor:
@@ -97,7 +92,9 @@ def _read(path: Path, md5: str) -> Tensor:
         _download(path, md5)
         packed = path.read_bytes()
     size = int.from_bytes(packed[-4:], "little")  # gzip ends with it: no growing and copying
-    content = torch.frombuffer(bytearray(zlib.decompress(packed, 31, size + 1)), dtype=torch.uint8)
+    with warnings.catch_warnings():  # that the bytes must not be written to: they are only read
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        content = torch.frombuffer(zlib.decompress(packed, 31, size + 1), dtype=torch.uint8)
     # The first 16 bytes of pictures, 8 of labels, say what the md5 has vouched for
     return content[16:].view(-1, 28, 28) if "images" in path.name else content[8:]
 
