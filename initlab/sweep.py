@@ -88,60 +88,46 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
     """Return the arms of each part of the experiment, as runs without a rate and a seed."""
     default = Run(slope=slope)
     kaiming = replace(default, scheme="kaiming_normal", a=slope, bias="zeros")
-    arms = [
-        replace(init, depth=depth, optimizer=optimizer)
-        for depth in (2, 4, 8, 16)
-        for optimizer in GRIDS
-        for init in (default, kaiming)
-    ]
+
+    def arms(*depths: int, **settings: Any) -> list[Run]:
+        inits = (default, kaiming)
+        return [replace(init, depth=d, **settings) for d in depths for init in inits]
+
+    def optimized(**settings: Any) -> list[Run]:
+        return [arm for optimizer in GRIDS for arm in arms(8, optimizer=optimizer, **settings)]
+
     causes = [
         replace(default, scheme=f"kaiming_{shape}", a=a, bias=bias)
         for a in (math.sqrt(5), slope)
         for shape in ("uniform", "normal")
         for bias in ("default", "zeros")
-    ]
-    # The first of the eight is the default, the last Kaiming's: both are arms already
-    causes = [
-        *causes[1:-1],
+    ][1:-1]  # of the eight the first is the default, the last Kaiming's: both are arms already
+    causes += [
         replace(kaiming, scheme="xavier_normal", a=1.0),  # gain 1: torch's own default
         replace(kaiming, scheme="orthogonal"),
     ]
-    others = [
-        replace(init, optimizer=optimizer, **kind)
-        for kind in (
-            {"net": "linear", "width": 256},
-            {"net": "residual"},
-            {"net": "residual", "zeroed": True},
-            {"norm": "group"},
-        )
-        for optimizer in GRIDS
-        for init in (default, kaiming)
-    ]
-    checks = [replace(init, width=32) for init in (default, kaiming)]
-    if slope != 0.3:
-        checks += [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
-    batch = [replace(arm, norm="batch") for arm in arms]
-    both = [*arms, *batch]
-
-    def some(optimizer: str, norm: str, *depths: int) -> list[Run]:
-        return [
-            arm
-            for arm in both
-            if (arm.optimizer, arm.norm) == (optimizer, norm) and arm.depth in depths
-        ]
-
+    # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
+    swapped = [causes[3], causes[2]]
+    leaky = [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
+    adam, batch = {"optimizer": "adam"}, {"norm": "batch"}
     return [
-        some("sgd", "none", 2, 4, 8),
-        some("sgd", "batch", 8) + some("adam", "none", 8),
-        some("sgd", "none", 16),
-        # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
-        [causes[3], causes[2]],
-        [arm for arm in causes if arm not in (causes[2], causes[3])],
-        some("sgd", "batch", 2, 4) + some("adam", "none", 2, 4) + some("adam", "batch", 2, 4, 8),
-        others,
-        some("sgd", "batch", 16) + some("adam", "none", 16) + some("adam", "batch", 16),
+        arms(2, 4, 8),
+        arms(8, **batch) + arms(8, **adam),
+        arms(16),
+        swapped,
+        [arm for arm in causes if arm not in swapped],
+        optimized(net="linear", width=256),
+        arms(2, 4, **adam),
+        arms(2, 4, **batch),
+        arms(16, **adam),
+        arms(16, **batch),
+        optimized(net="residual"),
+        optimized(norm="group"),
+        optimized(net="residual", zeroed=True),
+        leaky if slope != 0.3 else [],
+        arms(8, width=32),
+        arms(2, 4, 8, 16, **adam, **batch),
         [replace(arm, depth=16) for arm in causes],
-        checks,
     ]
 
 
