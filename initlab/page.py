@@ -116,10 +116,14 @@ def plot_trace(
 ) -> Figure:
     """Draw fields of traces over the layers, on log axes, a panel a field and a colour a name.
 
+    Single traces are drawn as their tables: by the names of the columns, over the number of the
+    row, from 0 as `nn.Sequential` counts. With several nets of a kind layers count from 1.
+
     Args:
         traces: One trace, whose problems are marked and named; or by name, one trace (the same) or
             those of several nets of one kind, of equal length. Then the line is their geometric
-            mean, the band their range.
+            mean, the band their range. Single traces become thinner from name to name, so that
+            equal ones show.
         fields: Attributes of `LayerTrace`; by default signal, rms and, if there is one, grad_rms.
         theory: By name and field, a value a layer, drawn dashed.
         colors: By name; by default those of the style, in their order.
@@ -132,7 +136,7 @@ def plot_trace(
         >>> from initlab import conv_stack, trace
         >>> figure = plot_trace(trace(conv_stack(3, 8), torch.randn(4, 1, 9, 9)))
         >>> [ax.get_ylabel() for ax in figure.axes]
-        ['std across inputs', 'rms']
+        ['signal', 'rms']
         >>> plt.close(figure)
     """
     named = {"": traces} if isinstance(traces, Trace) else traces
@@ -140,25 +144,31 @@ def plot_trace(
     if fields is None:
         graded = any(e.grad_rms is not None for nets in groups.values() for e in nets[0])
         fields = ("signal", "rms", "grad_rms") if graded else ("signal", "rms")
-    size = (2 + 3.3 * len(fields), 3)
+    tables = all(isinstance(nets, Trace) for nets in named.values())
+    first, label, labels = (0, "row of the table", {}) if tables else (1, "layer", LABELS)
+    wide = len(fields) > 2  # then the legend stands below
+    size = (9, 3.2) if wide else (2 + 3.3 * len(fields), 3)
     figure, axes = plt.subplots(1, len(fields), figsize=size, squeeze=False, layout="constrained")
     for ax, field in zip(axes[0], fields, strict=True):
         for number, (name, nets) in enumerate(groups.items()):
             rows = [[getattr(e, field) or math.nan for e in net] for net in nets]
             values = torch.tensor(rows, dtype=torch.float64)
-            layers = range(1, values.shape[1] + 1)
+            layers = range(first, values.shape[1] + first)
             color = (colors or {}).get(name, f"C{number}")
-            ax.plot(layers, values.log().mean(0).exp(), color=color, label=name)
+            wider = 1.2 * (len(groups) - 1 - number) if tables else 0
+            width = plt.rcParams["lines.linewidth"] + wider
+            ax.plot(layers, values.log().mean(0).exp(), color=color, lw=width, label=name)
             ax.fill_between(layers, values.amin(0), values.amax(0), color=color, alpha=0.2, lw=0)
             if theory and field in theory.get(name, {}):
                 ax.plot(layers, theory[name][field], color="k", ls="--", lw=0.9)
             for problem in nets[0].problems() if isinstance(named[name], Trace) else []:
-                at = 1 + [e.name for e in nets[0]].index(problem.layer)
+                at = first + [e.name for e in nets[0]].index(problem.layer)
                 ax.axvline(at, color=color, ls=":", label=f"{problem.layer}: {problem.kind}")
-        ax.set(yscale="log", xlabel="layer", ylabel=LABELS.get(field, field))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+        ax.set(yscale="log", xlabel=label, ylabel=labels.get(field, field))
+    handles, names = axes[0, 0].get_legend_handles_labels()
     if theory:
-        handles, labels = [*handles, plt.Line2D([], [], color="k", ls="--")], [*labels, "theory"]
-    if labels:
-        figure.legend(handles, labels, loc="outside right upper")
+        handles, names = [*handles, plt.Line2D([], [], color="k", ls="--")], [*names, "theory"]
+    if names:
+        place, columns = ("lower center", 6) if wide else ("right upper", 1)
+        figure.legend(handles, names, loc=f"outside {place}", ncols=columns)
     return figure

@@ -35,7 +35,7 @@ ADVICE = {
     "constant": "Draw its weights at random; zeros are fine only where a residual branch ends.",
     "scale": "Draw its weights on the scale of the other layers.",
     "shrinks": "Draw the weights by fan_in with the gain of the activation, or add a normalisation "
-    "(BatchNorm in eval mode is none before training).",
+    "(BatchNorm in eval mode does nothing before training).",
     "grows": "Draw the weights by fan_in with the gain of the activation, or add a normalisation.",
     "alike": "Start the biases at 0, and look for a mean that is large against the differences.",
     "gradient vanishes": "Draw the weights with the gain of the activation, or add a shortcut.",

@@ -522,7 +522,7 @@ def test_plot_of_one_trace_of_several_and_of_sets():
     figure = plot_trace(faulty)
     assert [ax.get_yscale() for ax in figure.axes] == ["log", "log"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["3: not finite"]
-    assert [line.get_xdata()[0] for line in figure.axes[1].lines[1:]] == [4]
+    assert [line.get_xdata()[0] for line in figure.axes[1].lines] == [0, 3]
     plt.close(figure)
     figure = plot_trace({"a": sound, "b": faulty, "c": [sound, sound]}, ["rms"])
     texts = [t.get_text() for t in figure.legends[0].get_texts()]
@@ -531,6 +531,13 @@ def test_plot_of_one_trace_of_several_and_of_sets():
     figure = plot_trace({"a": [sound]}, ["rms"], {"a": {"rms": [2.0] * 8}})
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "theory"]
     assert list(figure.axes[0].lines[1].get_ydata()) == [2.0] * 8
+    assert figure.axes[0].lines[0].get_xdata()[0] == 1
+    assert figure.axes[0].lines[0].get_linewidth() == plt.rcParams["lines.linewidth"]
+    plt.close(figure)
+    figure = plot_trace({"a": sound, "b": sound}, ["signal", "rms", "std"])
+    below, above = (line.get_linewidth() for line in figure.axes[0].lines)
+    assert below > above
+    assert (figure.axes[0].get_xlabel(), figure.get_figwidth()) == ("row of the table", 9)
     plt.close(figure)
     assert not plot_trace(sound).legends
     plt.close()
