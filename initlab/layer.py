@@ -115,11 +115,15 @@ def draw(
     work is done on the CPU.
 
     Args:
-        x, layer, a, bias, mode: As in `predict`.
+        x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
+        layer: The layer; zero padding only.
         scheme: As in `initialize_`.
+        a: Slope or activation that the Kaiming schemes assume.
+        bias: "default" draws it anew each time, "zeros" leaves it out.
         n: Number of draws.
         generator: Source of the random numbers, or the seed of a new one; by default torch's
             global one.
+        mode: As in `initialize_`, for the Kaiming schemes.
 
     Raises:
         ValueError: `n` < 1; else as `predict` raises it.
