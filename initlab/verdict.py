@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,7 +64,8 @@ class Problem:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.layer}: {self.kind}\n    {self.reason}\n    {self.advice}"
+        lines = [line for text in (self.reason, self.advice) for line in textwrap.wrap(text, 84)]
+        return "\n    ".join([f"{self.layer}: {self.kind}", *lines])
 
 
 def diagnose(rows: Rows) -> list[Problem]:

@@ -45,9 +45,8 @@ TEMPLATE = """{% extends "base/display_priority.j2" %}
 {% block footer %}</main></body></html>{% endblock %}
 {% block markdowncell %}{{ cell.source | markdown2html }}{% endblock %}
 {% block input %}
-{%- if cell | is_folded %}<details><summary>show the code
-{%- if "check" in cell.metadata.tags or "stored" in cell.metadata.tags %} of the check{% endif %}
-{%- if "figure" in cell.metadata.tags %} of the figure{% endif %}</summary>{% endif %}
+{%- if cell | is_folded %}<details><summary>show the
+{%- if "figure" in cell.metadata.tags %} code{% else %} check{% endif %}</summary>{% endif %}
 {{- cell.source | highlight_code(metadata=cell.metadata) }}
 {%- if cell | is_folded %}</details>{% endif %}{% endblock %}
 {% block output %}<div class="output">{{ super() }}</div>{% endblock %}
