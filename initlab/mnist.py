@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.datasets import MNIST
-from torchvision.datasets.utils import download_url
 
 N_PICTURES = 60_000
 CHUNK = 2500  # pictures normalised at a time: 8 MB, so that the second step finds them in cache
@@ -74,6 +72,8 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
     n_train = index(n_train)
     if not 1 <= n_train < N_PICTURES:
         raise ValueError(f"n_train must be within 1..{N_PICTURES - 1:,}, got {n_train:,}")
+    from torchvision.datasets import MNIST  # which takes as long to import as torch itself
+
     raw = (_default_root() if root is None else Path(root).expanduser()) / "MNIST" / "raw"
     files = (_read(raw / name, md5) for name, md5 in MNIST.resources)  # one at a time
     pixels, labels = next(files), next(files)
@@ -132,6 +132,9 @@ def _default_root() -> Path:
 
 def _download(path: Path, md5: str) -> None:
     """Download a file from torchvision's mirrors, in place of a missing or damaged one."""
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import download_url
+
     reason: Exception | None = None
     state = "damaged" if path.exists() else "missing"
     try:

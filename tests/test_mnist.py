@@ -305,7 +305,7 @@ def test_interrupted_download_leaves_nothing(fresh, monkeypatch):
         Path(folder, name).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mnist, "download_url", interrupted)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", interrupted)
     damage(fresh / "MNIST" / "raw" / PACKED[0], "altered")
     before = listing(fresh)
     with pytest.raises(KeyboardInterrupt):

@@ -323,7 +323,7 @@ def test_changed_sets_parameters_by_name_and_leaves_out_what_is_stored(tmp_path)
 
 # Processes forked from one that has imported what takes a kernel seconds to import
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ipywidgets", "initlab.page", "initlab.sweep"])
+FORKS.set_forkserver_preload(["ipywidgets", "torchvision", "initlab.page", "initlab.sweep"])
 
 
 def execute(sources, send):

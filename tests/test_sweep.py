@@ -32,10 +32,10 @@ from initlab.sweep import (
 )
 
 SHORT = [
-    Run(depth=2, steps=3, seed=4),
-    Run(depth=4, steps=2, norm="batch", optimizer="adam", rate=1e-3),
+    Run(depth=2, width=8, steps=3, seed=4),
+    Run(depth=4, width=8, steps=2, norm="batch", optimizer="adam", rate=1e-3),
     Run(net="linear", depth=2, width=8, steps=2, scheme="kaiming_normal", a=0.0, bias="zeros"),
-    Run(net="residual", depth=4, steps=2, zeroed=True, slope=0.3),
+    Run(net="residual", depth=4, width=8, steps=2, zeroed=True, slope=0.3),
 ]
 
 
@@ -73,10 +73,10 @@ def test_processes_and_dask_give_the_same_records(record, tmp_path):
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
-    path, runs = tmp_path / "runs.csv", [Run(depth=2, steps=2, seed=seed) for seed in range(6)]
+    path, runs = tmp_path / "runs.csv", [Run(depth=2, width=8, steps=2, seed=s) for s in range(6)]
     code = (
         "from initlab.sweep import Run, sweep\n"
-        f"sweep([Run(depth=2, steps=2, seed=s) for s in range(6)], {str(path)!r})"
+        f"sweep([Run(depth=2, width=8, steps=2, seed=s) for s in range(6)], {str(path)!r})"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"TQDM_DISABLE": "1"}, start_new_session=True
@@ -116,7 +116,7 @@ def test_two_sweeps_on_one_file(tmp_path):
         (lambda rows: [rows[0].replace("rate,", "lr,"), *rows[1:]], "line 1: not the header"),
         (lambda rows: [*rows, rows[2]], r"line 6: Run\(.* stands there twice"),
         (lambda rows: [*rows[:2], rows[2][:30], *rows[3:]], "line 3: damaged .*cells, not"),
-        (lambda rows: [*rows[:2], rows[2].replace(",16,", ",x,", 1), *rows[3:]], "line 3: damaged"),
+        (lambda rows: [*rows[:2], rows[2].replace(",8,", ",x,", 1), *rows[3:]], "line 3: damaged"),
         (lambda rows: [*rows[:2], "", *rows[2:]], "line 3: damaged"),
         (lambda rows: [*rows, rows[2].replace("tune,", "final,")], "line 6: of another plan"),
         (lambda rows: [rows[0], rows[1].replace("False", "no")], "line 2: damaged"),

@@ -34,6 +34,8 @@ def naive(root: str, n: int = 50_000) -> tuple:
 
 def measure(which: str, root: str) -> None:
     """Print seconds and growth of peak memory of one call, in this process."""
+    import torchvision.datasets  # noqa: F401 (whose import is not to be measured)
+
     from initlab import mnist
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
