@@ -6,11 +6,14 @@ import io
 import os
 
 import numpy as np
+from forks import Kernel
+from jupyter_client.provisioning import local_provisioner
 from nbval.plugin import IPyNbCell
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ["TQDM_DISABLE"] = "1"  # progress bars are not part of an output
+local_provisioner.launch_kernel = Kernel.launch  # 16 kernels, 7 s of imports each
 
 # Root mean square difference of all pixel values, of 255. The same code on another processor or
 # number of threads moves a line by a small fraction of a pixel, a changed number moves it whole.

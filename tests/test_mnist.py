@@ -4,16 +4,17 @@ import errno
 import gzip
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
+import warnings
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from forks import FORKS
 from torchvision.datasets import MNIST
 
 from initlab import mnist
@@ -24,24 +25,15 @@ PACKED = [name for name, _ in MNIST.resources]
 UNPACKED = [name.removesuffix(".gz") for name in PACKED]
 DEAD_MIRROR = "http://127.0.0.1:9/"
 
-# Importing torch takes far longer than loading, so it is done once, before the fork.
-FOUR_PROCESSES = """
-import os, sys, zlib, torch
-from torchvision.datasets import MNIST
-from initlab import load_mnist
 
-MNIST.mirrors = sys.argv[1:]
-children = []
-for threads in (1, 2, 3, 4):
-    children.append(os.fork())
-    if children[-1] == 0:
-        torch.set_num_threads(threads)
-        s = load_mnist()
-        sums = [zlib.crc32(t.numpy()) for t in s if isinstance(t, torch.Tensor)]
-        os.write(1, f"{s.mean.hex()} {s.std.hex()} {sums}\\n".encode())
-        os._exit(0)  # taking torch down takes longer than loading, too
-sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
-"""
+def load_and_send(threads, mirrors, root, send):
+    """Load MNIST in a process of its own, and send what tells whether it is the same."""
+    warnings.simplefilter("error")
+    MNIST.mirrors = mirrors
+    torch.set_num_threads(threads)
+    s = load_mnist(root)
+    sums = [zlib.crc32(t.numpy()) for t in s if isinstance(t, torch.Tensor)]
+    send.send((s.mean.hex(), s.std.hex(), sums))
 
 
 @pytest.fixture(autouse=True)
@@ -235,24 +227,26 @@ def test_bad_file_is_downloaded(fresh, mirror, how):
     assert listing(fresh / "MNIST" / "raw") == sorted(PACKED)
 
 
-def test_four_processes_download_at_once(fresh, mirror, tmp_path):
+def test_four_processes_download_at_once(fresh, mirror):
     good = DATA / "MNIST" / "raw" / PACKED[3]
     shutil.copy(good, mirror)
     damage(fresh / "MNIST" / "raw" / PACKED[3], "missing")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FOUR_PROCESSES, *MNIST.mirrors],
-        cwd=tmp_path,
-        env=os.environ | {"INITLAB_DATA": str(fresh)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    # The same bits whatever the number of threads, and nothing else is printed
-    lines = done.stdout.splitlines()
-    assert len(lines) == 4
-    assert len(set(lines)) == 1
-    assert lines[0].startswith("0x1.")
+    pipes = [FORKS.Pipe(duplex=False) for _ in range(4)]
+    processes = [
+        FORKS.Process(target=load_and_send, args=(threads, MNIST.mirrors, fresh, send))
+        for threads, (_, send) in enumerate(pipes, 1)
+    ]
+    for process in processes:
+        process.start()
+    for _, send in pipes:
+        send.close()
+    # The same bits whatever the number of threads
+    first, *others = (receive.recv() for receive, _ in pipes)
+    assert others == [first] * 3
+    assert first[0].startswith("0x1.")
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     raw = fresh / "MNIST" / "raw"
     assert listing(raw) == sorted(PACKED)
     assert (raw / PACKED[3]).read_bytes() == good.read_bytes()

@@ -2,16 +2,13 @@
 
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
 import torch
+from forks import FORKS
 from torch import nn
 
 from initlab import __main__ as command
@@ -62,11 +59,14 @@ def test_a_record_has_the_settings_and_the_results(record):
 
 
 def test_processes_and_dask_give_the_same_records(record, tmp_path):
+    import dask.config
     from distributed import LocalCluster
 
     expected = sorted(lines(record[1]))
     sweep(SHORT, tmp_path / "two.csv", jobs=2)
     assert sorted(lines(tmp_path / "two.csv")) == expected
+    # Its workers forked as well, from what has imported torch
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         sweep(SHORT, tmp_path / "dask.csv", dask=cluster.scheduler_address)
     assert sorted(lines(tmp_path / "dask.csv")) == expected
@@ -74,17 +74,12 @@ def test_processes_and_dask_give_the_same_records(record, tmp_path):
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     path, runs = tmp_path / "runs.csv", [Run(depth=2, width=8, steps=2, seed=s) for s in range(6)]
-    code = (
-        "from initlab.sweep import Run, sweep\n"
-        f"sweep([Run(depth=2, width=8, steps=2, seed=s) for s in range(6)], {str(path)!r})"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"TQDM_DISABLE": "1"}, start_new_session=True
-    )
-    while process.poll() is None and not (path.exists() and len(lines(path)) > 2):
+    process = FORKS.Process(target=sweep, args=(runs, path))
+    process.start()
+    while process.is_alive() and not (path.exists() and len(lines(path)) > 2):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = lines(path)
     assert len(before) > 2
     read(path, runs)  # no torn and no doubled row
