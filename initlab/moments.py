@@ -99,7 +99,7 @@ class Moments(NamedTuple):
 
         For uniform weights the mean may be off by 2 % more, and the std by what follows from that:
         a sum of n = fan_in uniform numbers is not quite Gaussian, and `predict` takes it for such,
-        which makes E|y| 1 % too low on MNIST's 5x5 patches (8 % at fan_in = 1, which 2 % do not
+        which makes E|y| 0.5 % too low on MNIST's 5x5 patches (8 % at fan_in = 1, which 2 % do not
         cover). Without an activation the mean is 0 and needs no allowance.
 
         Raises:

@@ -39,7 +39,8 @@ def parameters(source: str) -> dict[str, ast.expr]:
 def changed(path: Path, values: dict[str, str]) -> nbformat.NotebookNode:
     """Read a notebook with other values, source texts by name, in its cell of parameters.
 
-    The cells tagged `stored`, whose claims are about the stored values, are left out.
+    The cells tagged `stored`, whose claims are about the stored values, are left out. (In Jupyter
+    they are run: their other tag lets all cells be run even if they fail.)
     """
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "stored" not in tags(cell)]
@@ -61,6 +62,7 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=600,
+        force_raise_errors=True,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(NOTEBOOKS)}},

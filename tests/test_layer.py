@@ -5,15 +5,15 @@ alone through the layer gives all that the closed formulas speak of.
 """
 
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from forks import run_cells
 from torch import nn
 from torch.nn import functional
 
-from initlab import draw, gain, initialize_, predict
+from initlab import draw, gain, initialize_, load_mnist, predict
 from initlab import layer as module
 
 LAYERS = {
@@ -457,6 +457,24 @@ def test_prediction_of_draws(scheme, bias):
         assert abs(squares.std() - squares_sd) <= allowed, slope
 
 
+def test_how_low_the_mean_is_with_uniform_weights():
+    p = functional.unfold(load_mnist().x_valid[:100], 5).transpose(1, 2).flatten(0, 1)[::97]
+    layer = nn.Linear(25, 20_000)
+    initialize_(layer, "kaiming_uniform", generator=generator())
+    with torch.no_grad():
+        y = layer(p).double()
+    told, means, squares = predict(p, layer, "kaiming_uniform").at(0.0), y.abs().mean(0), y.square()
+    # Without most of the luck: of the mean squares, whose expected value is exact, it is known
+    squares = squares.mean(0)
+    slope = torch.stack([means, squares]).cov()[0, 1] / squares.var()
+    means = means - slope * (squares - 2 * told.rms**2)
+    low, error = (value / (2 * told.mean) for value in (means.mean(), means.std() / 20_000**0.5))
+    assert abs(low - 1.005) < 0.001 + 3 * error
+    assert error < 0.001
+    # One weight and no bias: E|w| is half the bound
+    assert math.sqrt(3) / 2 / math.sqrt(2 / math.pi) == pytest.approx(1.085, abs=0.001)
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.5])
 @pytest.mark.parametrize("scheme", ["default", "kaiming_normal"])
 def test_sds_on_white_noise(scheme, slope):
@@ -649,8 +667,7 @@ def test_memory():
         known = False
     if not known:
         pytest.skip("needs the peak memory in /proc/self/status, as Linux has it")
-    command = [sys.executable, "-W", "error", "-c", MEMORY]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    (out,) = run_cells([MEMORY], Path.cwd())
     drawing, predicting = map(float, out.split())
     assert drawing < 50  # MiB
     assert predicting < 500  # about 250, most of it for the pairs of patches
