@@ -5,6 +5,7 @@ import os
 import tempfile
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from math import sqrt
 from operator import index
@@ -75,13 +76,16 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
     from torchvision.datasets import MNIST  # which takes as long to import as torch itself
 
     raw = (_default_root() if root is None else Path(root).expanduser()) / "MNIST" / "raw"
-    files = (_read(raw / name, md5) for name, md5 in MNIST.resources)  # one at a time
-    pixels, labels = next(files), next(files)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        # That the bytes must not be written to: they are only read
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        files = pool.map(lambda file: _read(raw / file[0], file[1]), MNIST.resources)
+        pixels, labels, test_pixels, test_labels = files
     mean, std = _mean_std(pixels[:n_train])
     x_train, x_valid = (_normalise(p, mean, std) for p in (pixels[:n_train], pixels[n_train:]))
     y_train, y_valid = labels[:n_train].long(), labels[n_train:].long()
     del pixels  # or its memory would add to that of the test pictures
-    x_test, y_test = _normalise(next(files), mean, std), next(files).long()
+    x_test, y_test = _normalise(test_pixels, mean, std), test_labels.long()
     return MNISTSplits(x_train, y_train, x_valid, y_valid, mean / 255, std / 255, x_test, y_test)
 
 
@@ -92,9 +96,7 @@ def _read(path: Path, md5: str) -> Tensor:
         _download(path, md5)
         packed = path.read_bytes()
     size = int.from_bytes(packed[-4:], "little")  # gzip ends with it: no growing and copying
-    with warnings.catch_warnings():  # that the bytes must not be written to: they are only read
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        content = torch.frombuffer(zlib.decompress(packed, 31, size + 1), dtype=torch.uint8)
+    content = torch.frombuffer(zlib.decompress(packed, 31, size + 1), dtype=torch.uint8)
     # The first 16 bytes of pictures, 8 of labels, say what the md5 has vouched for
     return content[16:].view(-1, 28, 28) if "images" in path.name else content[8:]
 
