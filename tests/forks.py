@@ -1,8 +1,9 @@
-"""Processes forked from one that has imported what would cost each of them seconds."""
+"""Imports cost seconds: processes are forked from one that has made them."""
 
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +11,19 @@ from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
+# nbformat's import of a format that no notebook needs, of a kind of URL, takes 3 seconds
+sys.modules.setdefault("rfc3987_syntax", None)
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["ipykernel.kernelapp", "ipywidgets", "torchvision", "initlab.page", "initlab.sweep"]
+    [
+        "ipykernel.kernelapp",
+        "ipywidgets",
+        "scipy.stats",
+        "torchvision",
+        "initlab.page",
+        "initlab.sweep",
+    ]
 )
 
 
