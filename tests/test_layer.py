@@ -193,6 +193,20 @@ def test_draws_in_blocks(monkeypatch, block, groups):
     torch.testing.assert_close(halves, torch.cat(expected), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("lit", [slice(0, 0), slice(1, 4), slice(0, 4)])
+def test_patches_that_repeat_the_first_count_as_often_as_they_occur(groups, lit):
+    x, layer = torch.zeros(4, 2, 9, 8).double(), nn.Conv2d(2, 4, 3, groups=groups).double()
+    x[lit, :, 3:6, 2:5] = torch.randn(x[lit, :, 3:6, 2:5].shape, generator=generator()).double()
+    halves, g = draw(x, layer, "default", n=5, generator=generator(1)).halves, generator(1)
+    for found in halves:
+        with torch.no_grad():
+            y = initialize_(layer, "default", bias="default", generator=g)(x)
+        parts = y.clamp_min(0), y.clamp_max(0)
+        expected = [part.mean() for part in parts] + [part.square().mean() for part in parts]
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=0)
+
+
 # Predictions, exact -----------------------------------------------------------------------------
 
 
