@@ -161,16 +161,14 @@ def draw(
             sums = torch.zeros(4, k, dtype=torch.float64)
             for block in patches(x, layer):
                 block, repeats = _first_once(block)
-                block = block.unflatten(0, (groups, -1))
                 # A row of ones takes the bias: adding it by itself costs a pass over the outputs
-                for p in F.pad(block, (0, 0, 0, 1), value=1.0).split(columns, 2):
+                block = F.pad(block.unflatten(0, (groups, -1)), (0, 0, 0, 1), value=1.0)
+                if repeats:
+                    sums += repeats * _half_sums((weight @ block[..., :1]).unflatten(1, (k, -1)))
+                for p in block.split(columns, 2):
                     y = buffer[: k * filters * p.shape[2]].view(groups, -1, p.shape[2])
                     torch.bmm(weight, p, out=y)
-                    y = y.view(groups, k, -1, p.shape[2])
-                    if repeats:
-                        sums += repeats * _half_sums(y[..., :1].clone())
-                        repeats = 0
-                    sums += _half_sums(y)
+                    sums += _half_sums(y.view(groups, k, -1, p.shape[2]))
             rows.copy_(sums.T / count)
             bar.update(k)
     return Drawn(halves, count)

@@ -650,9 +650,12 @@ def test_picture_as_large_as_the_kernel():
 # Memory -----------------------------------------------------------------------------------------
 
 MEMORY = """
+import warnings
 import torch
 from torch import nn
 from initlab import draw, predict
+
+warnings.simplefilter("error")
 
 def mib(key):
     with open("/proc/self/status") as f:

@@ -66,8 +66,9 @@ def test_processes_and_dask_give_the_same_records(record, tmp_path):
     sweep(SHORT, tmp_path / "two.csv", jobs=2)
     assert sorted(lines(tmp_path / "two.csv")) == expected
     # Its workers forked as well, from what has imported torch
-    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    forked = dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+    with forked, LocalCluster(**options) as cluster:
         sweep(SHORT, tmp_path / "dask.csv", dask=cluster.scheduler_address)
     assert sorted(lines(tmp_path / "dask.csv")) == expected
 
