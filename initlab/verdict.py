@@ -217,13 +217,13 @@ def _forward(rows: Rows) -> tuple[int, Problem] | None:
             reason = f"The signal {_times(s.signal)} here, in the median layer it {_times(middle)}."
             return s.row, _problem(rows[s.row].name, "scale", math.exp(s.signal), reason)
     end = next(e for e in reversed(rows) if e.rms)
-    share, floor = end.signal / end.rms, math.exp(_log(_share(rows)) - loss - SLACK)
+    share, floor = end.signal / end.rms, math.exp(_log(_share(rows)) - loss - _pooled(rows) - SLACK)
     if share < floor:
         culprits = _culprits([(s.share, s.row) for s in stages], -1)
         layer = rows[culprits[0][1]] if culprits else end
         reason = (
             f"Of the rms of {end.name} only the share {share:.2g} differs between inputs. "
-            f"As many ReLUs without biases leave {floor:.2g} or more."
+            f"As many ReLUs without biases, and the pooling, leave {floor:.2g} or more."
         )
         return len(rows), _problem(layer.name, "alike", share, reason)
     return None
@@ -300,6 +300,23 @@ def _relu_loss(rows: Rows) -> float:
             t = math.acos(min(cosine, 1.0))
             cosine = (math.sin(t) + (math.pi - t) * math.cos(t)) / math.pi
     return _log(_share(rows)) - _log(1 - cosine) / 2
+
+
+def _pooled(rows: Rows) -> float:
+    """Return -log of the factor by which signal / rms falls where no layer stands, but a pooling.
+
+    The averages of two pictures over many positions are more alike than the pictures.
+    """
+    lost = 0.0
+    for i, (e, after) in enumerate(pairwise(rows)):
+        if _positions(e) > _positions(after) and not _feeds(rows, i):
+            fall = _log(e.signal) - _log(e.rms) - _log(after.in_signal) + _log(after.in_rms)
+            lost += max(0.0, fall)
+    return lost
+
+
+def _positions(e: "LayerTrace") -> float:
+    return math.prod(e.shape[1:]) / e.features
 
 
 def _share(rows: Rows) -> float:

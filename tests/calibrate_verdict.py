@@ -47,12 +47,19 @@ def stacks(seed: int) -> Case:
     return f"conv {depth} x {min(width, 64)}", net, torch.randn(8, 1, 14, 14)
 
 
+def pooled(seed: int) -> Case:
+    """A shallow Kaiming stack of convolutions, an average over all positions, and a classifier."""
+    depth, width = 1 + seed % 6, [8, 16, 32, 64][seed // 5 % 4]
+    net = kaiming(conv_stack(depth, width, classes=10))
+    return f"pooled {depth} x {width}", net, torch.randn(8, 1, 14, 14)
+
+
 def pictures(n: int = 8) -> Tensor:
     return torch.randn(n, 3, 64, 64)
 
 
 def sound(draws: int) -> Iterator[Case]:
-    """Yield sound nets: of 10 draws 6 plain stacks, 2 resnet18 and 2 convnext_tiny, to train."""
+    """Yield sound nets: of 10 draws 4 plain stacks, 2 each pooled, resnet18 and convnext_tiny."""
     for seed in range(draws):
         torch.manual_seed(seed)
         match seed % 10:
@@ -60,6 +67,8 @@ def sound(draws: int) -> Iterator[Case]:
                 yield "resnet18", torchvision.models.resnet18(), pictures()
             case 2 | 3:
                 yield "convnext_tiny", torchvision.models.convnext_tiny(), pictures()
+            case 4 | 5:
+                yield pooled(seed)
             case _:
                 yield stacks(seed)
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from calibrate_verdict import FAULTS, dense, found, judge, kaiming, sound, stacks
+from calibrate_verdict import FAULTS, dense, found, judge, kaiming, pooled, sound, stacks
 from torch import nn
 
 from initlab import trace
@@ -18,6 +18,16 @@ def test_sound_stacks(seed):
     torch.manual_seed(seed)
     name, net, x = stacks(seed)
     assert judge(net, x).problems() == [], name
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_an_average_over_positions_is_no_fault(seed):
+    torch.manual_seed(seed)
+    name, net, x = pooled(seed)
+    assert judge(net, x).problems() == [], name
+    last = [layer for layer in net if isinstance(layer, nn.Conv2d)][-1]
+    last.bias.data.fill_(100)
+    assert [p.kind for p in judge(net, x).problems()] == ["alike"], name
 
 
 def test_sound_networks_of_torchvision():
