@@ -151,16 +151,16 @@ def plan(record: pd.DataFrame | None = None, slope: float = 0.0) -> list[Run]:
         (36, 'tune', 0.01)
     """
     done = {} if record is None else _accuracies(record)
+    arms = [[_arm(arm, done) for arm in part] for part in parts(slope)]
+    stages = [[run for known, _ in part for run in known] for part in arms]
+    stages.append([run for part in arms for _, late in part for run in late])
     runs: list[Run] = []
-    arms = parts(slope)
-    # What is in the record belongs to the plan, also when its turn would not have come yet
     turn = True
-    for part in arms:
-        known = [run for arm in part for run in _arm(arm, done)]
+    for known in stages:
+        # What is in the record belongs to the plan, also when its turn would not have come yet
         runs += [run for run in known if turn or run in done]
         turn = turn and all(run in done for run in known)
-    late = [run for part in arms for arm in part for run in _late(arm, done)]
-    return runs + [run for run in late if turn or run in done]
+    return runs
 
 
 def _accuracies(record: pd.DataFrame) -> dict[Run, float]:
@@ -168,62 +168,36 @@ def _accuracies(record: pd.DataFrame) -> dict[Run, float]:
     return dict(zip((Run(**row) for row in rows), record["valid_accuracy"], strict=True))
 
 
-def tuned(arm: Run, done: Mapping[Run, float]) -> dict[float, float]:
-    """Return the mean validation accuracy of an arm at each rate at which it was tuned."""
-    means = {}
-    for rate in RATES:
-        runs = [replace(arm, stage="tune", rate=rate, seed=seed) for seed in TUNE_SEEDS]
-        if all(run in done for run in runs):
-            means[rate] = sum(done[run] for run in runs) / len(runs)
-    return means
+def _arm(arm: Run, done: Mapping[Run, float]) -> tuple[list[Run], list[Run]]:
+    """Return the runs of one arm that are known: those of three epochs, and the late ones."""
 
+    def runs(stage: str, rates: Iterable[float], seeds: Iterable[int], **more: int) -> list[Run]:
+        grid = itertools.product(rates, seeds)
+        return [replace(arm, stage=stage, rate=rate, seed=seed, **more) for rate, seed in grid]
 
-def _arm(arm: Run, done: Mapping[Run, float]) -> list[Run]:
-    """Return the runs of one arm, as far as they are known: tuning, and the final ones."""
-    grid = list(GRIDS[arm.optimizer])
+    def mean(rate: float) -> float:
+        return sum(done[run] for run in runs("tune", [rate], TUNE_SEEDS)) / len(TUNE_SEEDS)
+
+    def order(rate: float) -> tuple[float, int]:
+        """By the accuracy; the rates at chance by their place in the grid."""
+        return -max(mean(rate), CHANCE), abs(RATES.index(rate) - middle)
+
+    low, middle, high = (RATES.index(rate) for rate in GRIDS[arm.optimizer])
     while True:
-        runs = [
-            replace(arm, stage="tune", rate=rate, seed=seed) for rate in grid for seed in TUNE_SEEDS
-        ]
-        if not all(run in done for run in runs):
-            return runs
-        means = {rate: mean for rate, mean in tuned(arm, done).items() if rate in grid}
-        best = _promising(arm, means)[0]
-        low, high = RATES.index(grid[0]) - 1, RATES.index(grid[-1]) + 1
-        if means[best] < CHANCE:
-            more = [low, high] if len(grid) == len(GRIDS[arm.optimizer]) else []
-        else:
-            more = [low] if best == grid[0] else [high] if best == grid[-1] else []
-        if not any(0 <= index < len(RATES) for index in more):
-            return runs + [
-                replace(arm, stage="final", rate=best, seed=seed) for seed in FINAL_SEEDS
-            ]
-        grid = sorted([*grid, *(RATES[index] for index in more if 0 <= index < len(RATES))])
-
-
-def _promising(arm: Run, means: Mapping[float, float]) -> list[float]:
-    """Return the rates by their mean accuracy; those at chance by their place in the grid."""
-    middle = GRIDS[arm.optimizer][1]
-
-    def key(rate: float) -> tuple[float, float]:
-        return -(means[rate] if means[rate] >= CHANCE else 0.0), abs(math.log(rate / middle))
-
-    return sorted(means, key=key)
-
-
-def _late(arm: Run, done: Mapping[Run, float]) -> list[Run]:
-    """Return the long runs of an arm whose final runs ended at chance, by half or more."""
-    final = [run for run in _arm(arm, done) if run.stage == "final"]
-    if not final or not all(run in done for run in final):
-        return []
-    if 2 * sum(done[run] < CHANCE for run in final) < len(final):
-        return []
-    means = tuned(arm, done)
-    return [
-        replace(arm, stage="late", rate=rate, seed=seed, steps=20 * EPOCH)
-        for rate in _promising(arm, means)[:2]
-        for seed in LATE_SEEDS
-    ]
+        tune = runs("tune", RATES[low : high + 1], TUNE_SEEDS)
+        if not all(run in done for run in tune):
+            return tune, []
+        best, second, *_ = sorted(RATES[low : high + 1], key=order)
+        lost = mean(best) < CHANCE and high - low == 2
+        wider = low - (lost or best == RATES[low]), high + (lost or best == RATES[high])
+        wider = max(wider[0], 0), min(wider[1], len(RATES) - 1)
+        if wider == (low, high):
+            break
+        low, high = wider
+    final = runs("final", [best], FINAL_SEEDS)
+    failed = [run for run in final if run in done and done[run] < CHANCE]
+    late = runs("late", [best, second], LATE_SEEDS, steps=20 * EPOCH)
+    return tune + final, late if 2 * len(failed) >= len(final) else []
 
 
 # ---- One run
