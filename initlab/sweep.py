@@ -5,16 +5,15 @@ processes or on a Dask cluster, into a CSV file that grows row by row and can be
 """
 
 import copy
-import csv
 import fcntl
 import io
 import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +207,8 @@ def build(run: Run) -> nn.Module:
     if run.net == "linear":
         act = nn.LeakyReLU(run.slope) if run.slope else nn.ReLU()
         sizes = [28 * 28, *[run.width] * run.depth]
-        hidden = [(nn.Linear(*pair), copy.copy(act)) for pair in itertools.pairwise(sizes)]
-        head = nn.Linear(run.width, 10)
-        model = nn.Sequential(nn.Flatten(), *itertools.chain(*hidden), head)
+        hidden = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), act)]
+        model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(run.width, 10))
     else:
         model = conv_stack(
             run.depth,
@@ -237,9 +235,7 @@ def build(run: Run) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-@lru_cache(maxsize=1)
-def _data():
-    return load_mnist()
+_data = cache(load_mnist)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -264,9 +260,8 @@ def train(run: Run) -> dict[str, Any]:
         model = build(run)
         record = asdict(run) | dict.fromkeys(COLUMNS[len(RUN) :])
         record["signal"], record["grad_rms"] = look(model, x[:500], y[:500])
-        sgd = {"momentum": 0.9} if run.optimizer == "sgd" else {}
-        kind = torch.optim.SGD if run.optimizer == "sgd" else torch.optim.Adam
-        optimizer = kind(model.parameters(), lr=run.rate, fused=True, **sgd)
+        sgd = partial(torch.optim.SGD, momentum=0.9)
+        kind = {"sgd": sgd, "adam": torch.optim.Adam}[run.optimizer]
 
         def after(step: int) -> bool:
             if step in LOOKS:
@@ -279,7 +274,7 @@ def train(run: Run) -> dict[str, Any]:
             model,
             data.x_train,
             data.y_train,
-            optimizer=optimizer,
+            optimizer=kind(model.parameters(), lr=run.rate, fused=True),
             steps=run.steps,
             batch_size=BATCH,
             # Not the generator of the weights: all inits see the same order
@@ -312,13 +307,9 @@ def look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def _is_90(model: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Tell whether 90 % are recognised, without going on once too many were not."""
-    wrong, allowed = 0.0, 0.1 * len(x)
-    for xs, ys in zip(x.split(250), y.split(250), strict=True):
-        wrong += len(xs) - round(accuracy(model, xs, ys) * len(xs))
-        if wrong > allowed:
-            return False
-    return True
+    """Tell whether 90 % of 2,000 pictures are recognised."""
+    # For time: with fewer than 50 of the first 250 it is impossible
+    return accuracy(model, x[:250], y[:250]) >= 0.2 and accuracy(model, x, y, 250) >= 0.9
 
 
 # ---- The record
@@ -332,54 +323,46 @@ def read(path: str | os.PathLike[str], runs: Iterable[Run] | None = None) -> pd.
             twice, or one that is not of `runs`, if these are given.
 
     Example:
-        >>> from initlab.sweep import read
         >>> read("/nowhere/runs.csv")
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/runs.csv'
     """
-    return _parse(Path(path).read_text(encoding="utf8"), str(path), runs)
-
-
-def _parse(text: str, name: str, runs: Iterable[Run] | None) -> pd.DataFrame:
     known = None if runs is None else set(runs)
-    header, *lines = text.splitlines() or [""]
+    header, *lines = Path(path).read_text(encoding="utf8").splitlines() or [""]
     if header != ",".join(COLUMNS):
-        raise ValueError(f"{name}, line 1: not the header of a record of this version")
+        raise ValueError(f"{path}, line 1: not the header of a record of this version")
     rows: dict[Run, dict[str, Any]] = {}
     for number, line in enumerate(lines, 2):
         try:
             row = _row(line)
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{name}, line {number}: damaged ({error})") from None
+            raise ValueError(f"{path}, line {number}: damaged ({error})") from None
         run = Run(**{field: row[field] for field in RUN})
         if run in rows:
-            raise ValueError(f"{name}, line {number}: {run} stands there twice")
+            raise ValueError(f"{path}, line {number}: {run} stands there twice")
         if known is not None and run not in known:
-            raise ValueError(f"{name}, line {number}: of another plan: {run}")
+            raise ValueError(f"{path}, line {number}: of another plan: {run}")
         rows[run] = row
-    frame = pd.DataFrame(rows.values(), columns=COLUMNS)
-    return frame.astype({"step_90": "Int64"} | {c: float for c in COLUMNS[len(RUN) + 4 :]})
+    return pd.DataFrame(rows.values(), columns=COLUMNS).astype({"step_90": "Int64"})
 
 
 def _row(line: str) -> dict[str, Any]:
     """Return one row of a record with the types of its columns."""
-    (cells,) = csv.reader([line], strict=True)
+    cells = line.split(",")
     if len(cells) != len(COLUMNS):
         raise ValueError(f"{len(cells)} cells, not {len(COLUMNS)}")
-    row: dict[str, Any] = dict(zip(COLUMNS, cells, strict=True))
-    truth = {"True": True, "False": False}
-    for field in fields(Run):
-        kind = truth.__getitem__ if field.type is bool else field.type
-        row[field.name] = kind(row[field.name])
-    row["diverged"] = truth[row["diverged"]]
-    row["step_90"] = int(row["step_90"]) if row["step_90"] else None
-    for column in COLUMNS[len(RUN) :]:
-        if column not in ("diverged", "step_90"):
-            row[column] = float(row[column]) if row[column] else math.nan
+    kinds = {field.name: field.type for field in fields(Run)} | {"diverged": bool, "step_90": int}
+    row: dict[str, Any] = {}
+    for column, cell in zip(COLUMNS, cells, strict=True):
+        kind = kinds.get(column, float)
+        if kind is bool:
+            row[column] = {"True": True, "False": False}[cell]
+        else:
+            row[column] = kind(cell) if cell or column in RUN else math.nan
     for column in ("valid_accuracy", "test_accuracy"):
         if not 0 <= row[column] <= 1:
             raise ValueError(f"{column} is {row[column]}")
-    if row["step_90"] is not None and not 0 < row["step_90"] <= row["steps"]:
+    if row["step_90"] <= 0 or row["step_90"] > row["steps"]:
         raise ValueError(f"step_90 is {row['step_90']} of {row['steps']} steps")
     return row
 
@@ -387,12 +370,13 @@ def _row(line: str) -> dict[str, Any]:
 def _line(record: Mapping[str, Any]) -> str:
     """Return a record as one line; results have six digits, settings all of theirs."""
 
-    def cell(column: str, value: Any) -> Any:
-        return f"{value:.6g}" if isinstance(value, float) and column not in RUN else value
+    def cell(column: str) -> str:
+        value = record[column]
+        if value is None:
+            return ""
+        return f"{value:.6g}" if isinstance(value, float) and column not in RUN else str(value)
 
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerow([cell(c, record[c]) for c in COLUMNS])
-    return out.getvalue()
+    return ",".join(map(cell, COLUMNS))
 
 
 @contextmanager
@@ -432,50 +416,34 @@ def sweep(
         ValueError: The file holds a damaged row, or a run that is not among `runs`; see `read`.
     """
     runs, path = list(dict.fromkeys(runs)), Path(path)
-    with _locked(path) as file:
+    with _locked(path) as file, ExitStack() as stack:
         file.seek(0)
         text = file.read()
         whole = text.rfind(b"\n") + 1  # what follows is a row cut short
-        if whole < len(text):
-            file.truncate(whole)
+        file.truncate(whole)
         if not whole:
             file.write((",".join(COLUMNS) + "\n").encode())
-        done = _accuracies(_parse(text[:whole].decode(), str(path), runs)) if whole else {}
+        done = _accuracies(read(path, runs))
         # The longest first, so that none is left alone at the end
         left = sorted((run for run in runs if run not in done), key=_cost, reverse=True)
-        with (
-            tqdm(total=sum(map(_cost, left)), unit_scale=True, unit="work", desc="sweep") as bar,
-            _workers(jobs, dask) as workers,
-        ):
-            for record in workers(joblib.delayed(train)(run) for run in left):
-                file.write(_line(record).encode())
-                os.fsync(file)
-                bar.update(_cost(Run(**{field: record[field] for field in RUN})))
+        if dask is not None:
+            from distributed import Client  # not needed otherwise
+
+            stack.enter_context(Client(dask))
+            stack.enter_context(joblib.parallel_config(backend="dask"))
+        workers = joblib.Parallel(jobs, return_as="generator_unordered")
+        records = workers(joblib.delayed(train)(run) for run in left)
+        for record in tqdm(records, "sweep", len(left), unit="run"):
+            file.write(f"{_line(record)}\n".encode())
+            os.fsync(file)
     record = read(path, runs)
-    order = {run: number for number, run in enumerate(runs)}
-    return record.iloc[sorted(range(len(record)), key=lambda i: order[_run(record.iloc[i])])]
-
-
-def _run(row: pd.Series) -> Run:
-    return Run(**{field: row[field] for field in RUN})
+    place = {run: number for number, run in enumerate(_accuracies(record))}
+    return record.iloc[[place[run] for run in runs]]
 
 
 def _cost(run: Run) -> int:
     """Return the work of a run, in steps of one convolution of 16 channels, roughly."""
     return run.steps * (run.depth + 2) * (1 if run.net == "linear" else run.width // 8)
-
-
-@contextmanager
-def _workers(jobs: int, dask: str | None) -> Iterator[joblib.Parallel]:
-    """Hand out a joblib.Parallel on local processes, or on a Dask cluster."""
-    options = {"return_as": "generator_unordered"}
-    if dask is None:
-        yield joblib.Parallel(n_jobs=jobs, **options)
-        return
-    from distributed import Client  # not needed otherwise
-
-    with Client(dask), joblib.parallel_config(backend="dask"):
-        yield joblib.Parallel(**options)
 
 
 def add_command(commands: Any) -> None:
