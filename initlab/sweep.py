@@ -461,7 +461,7 @@ def main(args: Any) -> int:
     record = read(args.out) if args.out.exists() else None
     while True:
         runs = plan(record, args.slope)
-        if record is not None and len(record) >= len(runs):
+        if record is not None and set(runs) == set(_accuracies(record)):
             print(f"{args.out}: complete, {len(record)} runs")
             return 0
         record = sweep(runs, args.out, args.jobs, args.dask)
