@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from initlab.tracing import LayerTrace
@@ -54,14 +54,17 @@ class Problem:
         value: The number that was judged: the factor of this layer ("scale"), of all layers
             ("shrinks", "grows", "gradient ..."), the dead share, signal / rms ("alike"), else rms.
         reason: What was measured, and what a sound net would show.
-        advice: What to do.
     """
 
     layer: str
     kind: str
     value: float
     reason: str
-    advice: str
+
+    @property
+    def advice(self) -> str:
+        """What to do."""
+        return ADVICE[self.kind]
 
     def __str__(self) -> str:
         lines = [line for text in (self.reason, self.advice) for line in textwrap.wrap(text, 84)]
@@ -86,15 +89,11 @@ def diagnose(rows: Rows) -> list[Problem]:
     return sorted(problems, key=lambda p: order[p.layer])
 
 
-def _problem(layer: str, kind: str, value: float, reason: str) -> Problem:
-    return Problem(layer, kind, value, reason, ADVICE[kind])
-
-
 def _not_finite(rows: Rows) -> tuple[int, Problem] | None:
     for i, e in enumerate(rows):
         if not math.isfinite(e.rms):
             reason = f"The rms of its output is {e.rms}, that of its input {e.in_rms:.3g}."
-            return i, _problem(e.name, "not finite", e.rms, reason)
+            return i, Problem(e.name, "not finite", e.rms, reason)
     return None
 
 
@@ -117,7 +116,7 @@ def _dead(rows: Rows) -> tuple[int, Problem] | None:
                 f"and positions, and {above} are never below 0; biases of 0 give as many of both."
             )
             end = source if everything else len(rows)
-            return end, _problem(rows[source].name, "dead", e.dead, reason)
+            return end, Problem(rows[source].name, "dead", e.dead, reason)
     return None
 
 
@@ -132,28 +131,26 @@ def _constant(rows: Rows) -> tuple[int, Problem] | None:
         if e.role == "activation" or not same:
             continue
         last = i
-        while last + 1 < len(rows) and _feeds(rows, last):
+        while _feeds(rows, last):
             last += 1
             if rows[last].role not in ("norm", "affine"):
                 reason = f"Its output is the same for all inputs, of rms {e.rms:.3g}."
-                return i, _problem(e.name, "constant", e.rms, reason)
+                return i, Problem(e.name, "constant", e.rms, reason)
     return None
 
 
 def _feeds(rows: Rows, i: int) -> bool:
     """Whether row i + 1 is given what row i puts out: the rms agrees to six digits."""
-    return math.isclose(rows[i + 1].in_rms, rows[i].rms, rel_tol=1e-6)
+    return i + 1 < len(rows) and math.isclose(rows[i + 1].in_rms, rows[i].rms, rel_tol=1e-6)
 
 
-@dataclass(frozen=True)
-class _Stage:
+class _Stage(NamedTuple):
     """A layer with the activations (or eval-mode BatchNorms) that it feeds directly.
 
     Attributes:
         row: Index of the layer.
         signal: Log of the factor by which it changes the signal (the rms, for a single input).
         share: The same for signal / rms.
-        hidden: Whether it feeds a normalisation, which takes out its scale.
         joined: Whether something far larger is added to its output, as at the end of a residual
             branch, or nothing comes after it: then a small output is no fault.
     """
@@ -161,47 +158,44 @@ class _Stage:
     row: int
     signal: float
     share: float
-    hidden: bool
     joined: bool
 
 
 def _stages(rows: Rows) -> list[_Stage]:
+    """Return the stages that show the scale of their layer: no normalisation takes it out."""
     stages = []
     for i, e in enumerate(rows):
         last = i
-        while last + 1 < len(rows) and _feeds(rows, last):
-            if rows[last + 1].role not in ("activation", "affine"):
-                break
+        while _feeds(rows, last) and rows[last + 1].role in ("activation", "affine"):
             last += 1
-        end, after = rows[last], rows[last + 1] if last + 1 < len(rows) else None
-        if e.role != "layer" or not e.in_rms > 0 or _rounded(end):
+        end, after = rows[last], rows[last + 1 : last + 2]
+        hidden = _feeds(rows, last) and after[0].role == "norm"
+        if e.role != "layer" or hidden or not e.in_rms > 0 or _rounded(end):
             continue
         rms = _log(end.rms) - _log(e.in_rms)
         signal = rms if math.isnan(end.signal) else _log(end.signal) - _log(e.in_signal)
-        hidden = after is not None and after.role == "norm" and _feeds(rows, last)
-        joined = after is None or after.in_rms > STREAM * end.rms
-        stages.append(_Stage(i, signal, signal - rms, hidden, joined))
+        joined = not after or after[0].in_rms > STREAM * end.rms
+        stages.append(_Stage(i, signal, signal - rms, joined))
     return stages
 
 
 def _path(rows: Rows, stages: Sequence[_Stage]) -> Rows:
-    """The rows that show the scale of the signal: normalisations, and layers that none follows."""
-    free = {s.row for s in stages if not s.hidden}
-    return [e for i, e in enumerate(rows) if (i in free or e.role == "norm") and not _rounded(e)]
+    """Return the rows that show the scale of the signal: those of stages, and normalisations."""
+    shown = {s.row for s in stages}
+    return [e for i, e in enumerate(rows) if (i in shown or e.role == "norm") and not _rounded(e)]
 
 
 def _forward(rows: Rows) -> tuple[int, Problem] | None:
     """Find a signal that shrinks or grows, one layer out of scale, or outputs that are alike."""
     stages = _stages(rows)
-    path, stages = _path(rows, stages), [s for s in stages if not s.hidden]
+    path = _path(rows, stages)
     if not path or rows[0].in_signal == 0:
         return None
-    small = [s for s in stages if not s.joined]
     stray, loss = _stray(path), _relu_loss(rows)
     total = _fit([e.rms if math.isnan(e.signal) else e.signal for e in path])
     if not -stray - loss <= total <= stray:
         kind, limit = ("shrinks", -stray - loss) if total < 0 else ("grows", stray)
-        by = [(s.signal, s.row) for s in (small if total < 0 else stages)]
+        by = [(s.signal, s.row) for s in stages if total > 0 or not s.joined]
         if culprits := _culprits(by, total):
             factor, row = culprits[0]
             reason = (
@@ -210,12 +204,12 @@ def _forward(rows: Rows) -> tuple[int, Problem] | None:
             )
             if len(culprits) == 1:
                 kind, total = "scale", factor
-            return row, _problem(rows[row].name, kind, math.exp(total), reason)
+            return row, Problem(rows[row].name, kind, math.exp(total), reason)
     middle = statistics.median(s.signal for s in stages) if len(stages) > 2 else 0.0
     for s in stages:
-        if s.signal - middle > LEAP or (s.signal - middle < -LEAP and s in small):
+        if s.signal - middle > LEAP or (s.signal - middle < -LEAP and not s.joined):
             reason = f"The signal {_times(s.signal)} here, in the median layer it {_times(middle)}."
-            return s.row, _problem(rows[s.row].name, "scale", math.exp(s.signal), reason)
+            return s.row, Problem(rows[s.row].name, "scale", math.exp(s.signal), reason)
     end = next(e for e in reversed(rows) if e.rms)
     share, floor = end.signal / end.rms, math.exp(_log(_share(rows)) - loss - _pooled(rows) - SLACK)
     if share < floor:
@@ -225,7 +219,7 @@ def _forward(rows: Rows) -> tuple[int, Problem] | None:
             f"Of the rms of {end.name} only the share {share:.2g} differs between inputs. "
             f"As many ReLUs without biases, and the pooling, leave {floor:.2g} or more."
         )
-        return len(rows), _problem(layer.name, "alike", share, reason)
+        return len(rows), Problem(layer.name, "alike", share, reason)
     return None
 
 
@@ -234,7 +228,7 @@ def _backward(rows: Rows) -> Problem | None:
     for e in reversed(rows):
         if e.grad_rms is not None and not math.isfinite(e.grad_rms):
             reason = f"The gradient of its output has rms {e.grad_rms}."
-            return _problem(e.name, "not finite", e.grad_rms, reason)
+            return Problem(e.name, "not finite", e.grad_rms, reason)
     path = [e for e in _path(rows, _stages(rows)) if e.grad_rms]
     # A layer multiplies the rms going forward and the gradient's norm going backward by the same.
     norms = [(e.grad_rms or 0.0) * math.sqrt(math.prod(e.shape)) for e in path]
@@ -251,7 +245,7 @@ def _backward(rows: Rows) -> Problem | None:
         f"From the last layer to the first its norm {_times(total)}, through this one it "
         f"{_times(factor)}; in a sound net of this size it {_times(limit)} at most."
     )
-    return _problem(path[row].name, f"gradient {kind}", math.exp(total), reason)
+    return Problem(path[row].name, f"gradient {kind}", math.exp(total), reason)
 
 
 def _culprits(changes: Sequence[tuple[float, int]], total: float) -> list[tuple[float, int]]:
@@ -265,15 +259,13 @@ def _culprits(changes: Sequence[tuple[float, int]], total: float) -> list[tuple[
 
 
 def _slopes(n: int) -> list[float]:
-    """Return weights whose sum over n numbers is the rise of the line fitted to them."""
+    """Return weights whose sum over n numbers is the rise of their line; of n < 3, none."""
     x = [k - (n - 1) / 2 for k in range(n)]
-    return [a * (n - 1) / sum(b * b for b in x) for a in x]
+    return [a * (n - 1) / sum(b * b for b in x) if n > 2 else 0.0 for a in x]
 
 
 def _fit(sizes: Sequence[float]) -> float:
-    """Return the rise of a line through the logarithms; two points or fewer show none."""
-    if len(sizes) < 3:
-        return 0.0
+    """Return the rise of a line through the logarithms."""
     return sum(w * _log(size) for w, size in zip(_slopes(len(sizes)), sizes, strict=True))
 
 
@@ -283,7 +275,7 @@ def _stray(path: Rows) -> float:
     Given the layer before, the mean square M of n features after a ReLU has a relative variance of
     at most 5/n (notebook 6), so log rms makes a random walk with steps of variance 5/(4n).
     """
-    slopes = _slopes(len(path)) if len(path) > 1 else []
+    slopes = _slopes(len(path))
     walk = (5 / (4 * e.features) * sum(slopes[i:]) ** 2 for i, e in enumerate(path))
     return SLACK + SDS * math.sqrt(sum(walk))
 
