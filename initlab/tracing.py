@@ -12,10 +12,10 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import activation, batchnorm, instancenorm
+from torch.nn.modules import activation
+from torch.nn.modules.batchnorm import _NormBase  # of InstanceNorm, too
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -25,8 +25,7 @@ from initlab.verdict import ROUNDING, Problem, diagnose
 
 LAYERS = (_ConvNd, nn.Linear)
 MIXERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
-BATCH_NORMS = (batchnorm._NormBase, instancenorm._InstanceNorm)
-NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # MultiheadAttention sits among the activations, but mixes positions and has weights.
 ACTIVATIONS = tuple(
     getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
@@ -45,24 +44,23 @@ class LayerTrace:
     """The numbers of one call of one layer.
 
     Attributes:
-        name: Qualified name in the model, `"act#2"` for the second call of `"act"`; the class
-            name when the model is itself the layer. An activation called as a function is named
-            after the module that calls it: `"block.relu"`.
+        name: Qualified name in the model, or the class if the model is itself the layer; `"act#2"`
+            for the second call, `"block.relu"` for a function that the module `"block"` calls.
         kind: Class name of the layer, or name of the function.
         shape: Shape of the output.
         mean: Mean of the output over everything: inputs, channels, positions.
-        std: Unbiased standard deviation of the output over everything.
-        rms: Root of the mean square of the output.
+        std: Its unbiased standard deviation over everything.
+        rms: Its root mean square.
         signal: Standard deviation *across inputs* (the first dimension): root of the mean, over
             channels and positions, of the unbiased variance; `nan` for a single input.
         grad_rms: Rms of the gradient of the loss with respect to the output; None without a loss
             or when the loss does not depend on the output.
-        weight_grad_rms: Rms of the gradient with respect to `weight` (the first layer's input
-            weights of an LSTM, the input projection of an attention), summed over all its uses;
-            None without a loss, a weight, or when the weight is frozen or reparametrised.
+        weight_grad_rms: The same for `weight` (the first layer's input weights of an LSTM, the
+            input projection of an attention), summed over all its uses; None also when there is
+            none, or it is frozen or reparametrised.
         dead: Share of the features (channels) that are 0 for every input and position, for
             activations that can die; None for others.
-        signs: For these, the number of features whose input is never above 0, and never below 0
+        signs: For these, how many features have an input that is never above 0, and never below
             (each but those where it is 0 throughout).
         in_rms: Rms of the first input; nan if that is not a tensor of real numbers.
         in_signal: The signal of the first input.
@@ -91,7 +89,10 @@ class LayerTrace:
 
 
 class Trace(list[LayerTrace]):
-    """A list of `LayerTrace`, in the order of execution, that prints as a verdict and a table."""
+    """A list of `LayerTrace`, in the order of execution, that prints as a verdict and a table.
+
+    `pandas.DataFrame(trace)` has all rows and numbers.
+    """
 
     def problems(self) -> list[Problem]:
         """Return what is wrong, first cause first; see `initlab.verdict` for the thresholds.
@@ -104,10 +105,6 @@ class Trace(list[LayerTrace]):
         """
         return diagnose(self)
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return all rows and numbers as a DataFrame, by name of the layer."""
-        return pd.DataFrame([dataclasses.asdict(e) for e in self]).set_index("name")
-
     def __repr__(self) -> str:
         problems = self.problems()
         numbers = ["mean", "std", "rms", "signal", "grad_rms", "weight_grad_rms", "dead"]
@@ -117,17 +114,12 @@ class Trace(list[LayerTrace]):
             if abs(e.mean) < ROUNDING * e.rms:  # another processor would print another number
                 e = dataclasses.replace(e, mean=0.0)
             table.append([e.name, e.kind, str(e.shape)] + [_number(getattr(e, n)) for n in numbers])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        # 9 characters hold any number (-1.23e-05), so that tables of different models line up.
-        widths[3:] = [max(width, 9) for width in widths[3:]]
-        cells = [
-            [
-                c.ljust(w) if k < 3 else c.rjust(w)
-                for k, (c, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            for row in table
-        ]
-        header, *lines = map("  ".join, cells)
+        columns = []
+        for k, column in enumerate(zip(*table, strict=True)):
+            width = max(map(len, column))
+            # 9 characters hold any number (-1.23e-05), so that tables of different models line up.
+            columns.append([c.ljust(width) if k < 3 else c.rjust(max(width, 9)) for c in column])
+        header, *lines = map("  ".join, zip(*columns, strict=True))
         # Shown are both ends and the rows next to a problem; long runs of others are folded.
         named = {p.layer for p in problems}
         shown = {i + k for i, e in enumerate(self) if e.name in named for k in (-1, 0, 1)}
@@ -155,8 +147,7 @@ class _Watch(TorchFunctionMode):
         self.running: list[tuple[nn.Module, dict[str, Any]]] = []
         self.channels_last = False
         self.calls: Counter[str] = Counter()
-        self.rows: list[dict[str, Any]] = []
-        self.weights: list[Tensor | None] = []
+        self.rows: list[tuple[dict[str, Any], Tensor | None]] = []  # with the layer's weight
         self.starts: list[Tensor] = []  # of the graph, besides the parameters
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -194,8 +185,8 @@ class _Watch(TorchFunctionMode):
     def given(self, kind: str, role: str, inputs: Any) -> dict[str, Any]:
         """Measure the first input, before a layer that works in place overwrites it."""
         known: dict[str, Any] = {"kind": kind, "role": role}
-        x = next(_tensors(inputs), None)
-        if x is None or not x.numel():
+        x = _first(inputs)
+        if x is None:
             return known
         known |= {f"in_{key}": value for key, value in _sizes(x).items()}
         if kind.lower() in DYING:
@@ -206,8 +197,8 @@ class _Watch(TorchFunctionMode):
 
     def add(self, name: str, known: dict[str, Any], output: Any, weight: Tensor | None) -> None:
         """Add a row for the first tensor of `output`."""
-        y = next(_tensors(output), None)
-        if y is None or not y.numel():
+        y = _first(output)
+        if y is None:
             return
         self.calls[name] += 1
         name += f"#{self.calls[name]}" if self.calls[name] > 1 else ""
@@ -221,8 +212,7 @@ class _Watch(TorchFunctionMode):
         row |= {**_sizes(y), "features": len(features)}
         if known["kind"].lower() in DYING:
             row["dead"] = (features == 0).all(1).double().mean().item()
-        self.rows.append(row)
-        self.weights.append(weight if weight is not None and weight.requires_grad else None)
+        self.rows.append((row, weight))
         if self.backward and y.requires_grad:
             # Such a hook still sees the gradient of this value when y is overwritten in place.
             y.register_hook(lambda grad: row.update(grad_rms=_sizes(grad)["rms"]))
@@ -266,22 +256,22 @@ def trace(
     """
     if loss is None and target is not None:
         raise ValueError("target given without a loss")
-    for tensor in _tensors(x, real=False):
-        if tensor.numel() == 0:
+    for tensor in _tensors(x):
+        if not tensor.numel():
             raise ValueError(f"x is empty, of shape {tuple(tensor.shape)}")
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("the model has layers without a shape (lazy); run it once")
     watch = _Watch(model, backward=loss is not None)
-    devices = {t.device for t in (*_tensors(x, real=False), *model.parameters()) if t.is_cuda}
+    devices = {t.device for t in (*_tensors(x), *model.parameters()) if t.is_cuda}
 
     def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         value = value.detach().clone()
-        if loss is None or not value.is_floating_point():
-            return value
-        watch.starts.append(value.requires_grad_())
-        return value.clone()  # which the model may change in place
+        if loss is not None and value.is_floating_point():
+            watch.starts.append(value.requires_grad_())
+            value = value.clone()  # which the model may change in place
+        return value
 
     with (
         torch.random.fork_rng(devices=devices),
@@ -290,18 +280,13 @@ def trace(
     ):
         # BatchNorm updates copies of its buffers; functional_call puts the originals back.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        args, kwargs = (x, {}) if isinstance(x, tuple) else ((x,), {})
-        if isinstance(x, Mapping):
-            args, kwargs = (), dict(x)
+        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else (x, {})
         args, kwargs = tree_map(copy, args), tree_map(copy, kwargs)
         with ExitStack() as hooks:
-            # In eval mode the fast path of nn.TransformerEncoder would pass its modules by.
-            fast = torch.backends.mha.get_fastpath_enabled()
-            hooks.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            torch.backends.mha.set_fastpath_enabled(False)
             for m in watch.paths:
                 hooks.enter_context(m.register_forward_pre_hook(watch.before, with_kwargs=True))
                 hooks.enter_context(m.register_forward_hook(watch.after))
+            # In this mode nn.TransformerEncoder does not take its fast path, past its modules.
             hooks.enter_context(watch)
             output = torch.func.functional_call(model, buffers, args, kwargs)
         if not watch.rows:
@@ -317,16 +302,14 @@ def trace(
             # Not value.backward(): that would add to the .grad of the parameters.
             grads = torch.autograd.grad(value, [*trained, *watch.starts], allow_unused=True)
             by_weight = dict(zip(trained, grads, strict=False))
-            for row, weight in zip(watch.rows, watch.weights, strict=True):
+            for row, weight in watch.rows:
                 if (grad := by_weight.get(weight)) is not None:
                     row["weight_grad_rms"] = _sizes(grad)["rms"]
-    return Trace(LayerTrace(**row) for row in watch.rows)
+    return Trace(LayerTrace(**row) for row, _ in watch.rows)
 
 
 def _sizes(y: Tensor) -> dict[str, float]:
-    v = y.detach().double()
-    if not v.dim():
-        return {"rms": v.abs().item(), "signal": math.nan}
+    v = torch.atleast_1d(y.detach().double())
     across = (v - v.mean(0)).square().sum() / ((len(v) - 1) * (v.numel() / len(v)))
     return {"rms": v.square().mean().sqrt().item(), "signal": across.sqrt().item()}
 
@@ -337,23 +320,27 @@ def _by_feature(y: Tensor, channels_last: bool) -> Tensor:
     return y.detach().movedim(axis, 0).flatten(1) if y.dim() > 1 else y.detach().reshape(-1, 1)
 
 
-def _tensors(value: Any, real: bool = True) -> Iterator[Tensor]:
-    """Yield the tensors in tuples, lists, dicts and dataclasses; real numbers only if asked."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() or not real:
-            yield value
-        return
+        yield value
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
     if isinstance(value, Mapping):
         value = list(value.values())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, f.name) for f in dataclasses.fields(value)]
     for item in value if isinstance(value, tuple | list) else ():
-        yield from _tensors(item, real)
+        yield from _tensors(item)
+
+
+def _first(value: Any) -> Tensor | None:
+    """Return the first tensor of real numbers, unless it is empty or there is none."""
+    y = next((y for y in _tensors(value) if y.is_floating_point()), None)
+    return None if y is None or not y.numel() else y
 
 
 def _role(module: nn.Module) -> str:
     if isinstance(module, NORMS):
-        fixed = isinstance(module, BATCH_NORMS) and not module.training
+        fixed = isinstance(module, _NormBase) and not module.training
         return "affine" if fixed and module.running_mean is not None else "norm"
     if isinstance(module, LAYERS):
         return "layer"
@@ -386,12 +373,8 @@ def main_trace(args: argparse.Namespace) -> int:
     try:
         module, _, name = args.model.partition(":")
         shape = [int(size) for size in args.shape.split(",")]
-        if module == "torchvision":
-            model = import_module("torchvision.models").get_model(name, weights=None)
-        else:
-            model = getattr(import_module(module), name)()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{args.model} gives a {type(model).__name__}, not a module")
+        module = "torchvision.models" if module == "torchvision" else module
+        model = getattr(import_module(module), name)()
         x = torch.randn(args.batch, *shape)
         rows = trace(model.train(not args.eval), x, loss=_random_direction)
         if args.save:
@@ -408,5 +391,5 @@ def main_trace(args: argparse.Namespace) -> int:
 
 def _random_direction(output: Any) -> Tensor:
     """Return a loss whose gradient is as large for any output."""
-    y = next(_tensors(output))
+    y = _first(output)
     return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)).sum()
