@@ -105,16 +105,15 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         replace(kaiming, scheme="xavier_normal", a=1.0),  # gain 1: torch's own default
         replace(kaiming, scheme="orthogonal"),
     ]
-    # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
-    swapped = [causes[3], causes[2]]
     leaky = [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
     adam, batch = {"optimizer": "adam"}, {"norm": "batch"}
     return [
         arms(2, 4, 8),
         arms(8, **batch) + arms(8, **adam),
         arms(16),
-        swapped,
-        [arm for arm in causes if arm not in swapped],
+        # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
+        [causes[3], causes[2]],
+        causes[:2] + causes[4:],
         optimized(net="linear", width=256),
         arms(2, 4, **adam),
         arms(2, 4, **batch),

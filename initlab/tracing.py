@@ -23,20 +23,22 @@ from torch.utils._pytree import tree_map
 
 from initlab.verdict import ROUNDING, Problem, diagnose
 
-LAYERS = (_ConvNd, nn.Linear)
-MIXERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # MultiheadAttention sits among the activations, but mixes positions and has weights.
 ACTIVATIONS = tuple(
     getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"
 )
-TRACED: tuple[type[nn.Module], ...] = (*LAYERS, *MIXERS, *NORMS, *ACTIVATIONS)
+ROLES: dict[str, tuple[type[nn.Module], ...]] = {  # of what is traced
+    "layer": (_ConvNd, nn.Linear),
+    "mixer": (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag),
+    "norm": (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    "activation": ACTIVATIONS,
+}
 # Also traced when called as functions or methods, in place (relu_) or not. Softmax and its kin are
 # not elementwise, and attention calls them for its weights: left out.
 FUNCTIONS = {a.__name__.lower() for a in ACTIVATIONS if "softm" not in a.__name__.lower()}
 # Those that put out 0 for all inputs far below 0, and pass no gradient there.
 DYING = {"relu", "relu6", "hardswish", "hardsigmoid", "threshold", "gelu", "silu", "mish"}
-WEIGHTS = ("weight", "in_proj_weight", "weight_ih_l0", "weight_ih")
+WEIGHTS = {"weight", "in_proj_weight", "weight_ih_l0", "weight_ih"}  # a layer has one of them
 
 
 @dataclass(frozen=True)
@@ -151,30 +153,30 @@ class _Watch(TorchFunctionMode):
         self.starts: list[Tensor] = []  # of the graph, besides the parameters
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        traced = isinstance(module, TRACED)
-        known = self.given(type(module).__name__, _role(module), (args, kwargs)) if traced else {}
+        role = _role(module)
+        known = self.given(type(module).__name__, role, (args, kwargs)) if role else {}
         self.running.append((module, known))
 
     def after(self, module: nn.Module, _args: Any, output: Any) -> Any:
         while (entry := self.running.pop())[0] is not module:
             pass  # a module inside it raised, and the model caught that
-        if not isinstance(module, TRACED):
+        if not (known := entry[1]):
             return None
         if self.backward and isinstance(output, Tensor) and not output.requires_grad:
             # All before it is frozen: the output starts the graph itself.
             self.starts.append(output.detach().requires_grad_())
             output = self.starts[-1].clone()
-        own = dict(module.named_parameters(recurse=False))
-        weight = next((own[name] for name in WEIGHTS if name in own), None)
-        self.add(self.paths[module] or type(module).__name__, entry[1], output, weight)
+        own = module.named_parameters(recurse=False)
+        weight = next((parameter for name, parameter in own if name in WEIGHTS), None)
+        self.add(self.paths[module] or type(module).__name__, known, output, weight)
         return output
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs, kind = kwargs or {}, getattr(func, "__name__", "").replace("_", "")
-        caller = self.running[-1][0] if self.running else None
-        if kind not in FUNCTIONS or isinstance(caller, TRACED):  # nn.ReLU has its row already
+        caller, traced = self.running[-1] if self.running else (None, {})
+        if kind not in FUNCTIONS or traced:  # nn.ReLU has its row already
             return func(*args, **kwargs)
         known = self.given(kind, "activation", (args, kwargs))
         output = func(*args, **kwargs)
@@ -338,13 +340,10 @@ def _first(value: Any) -> Tensor | None:
     return None if y is None or not y.numel() else y
 
 
-def _role(module: nn.Module) -> str:
-    if isinstance(module, NORMS):
-        fixed = isinstance(module, _NormBase) and not module.training
-        return "affine" if fixed and module.running_mean is not None else "norm"
-    if isinstance(module, LAYERS):
-        return "layer"
-    return "mixer" if isinstance(module, MIXERS) else "activation"
+def _role(module: nn.Module) -> str | None:
+    if isinstance(module, _NormBase) and not module.training and module.running_mean is not None:
+        return "affine"
+    return next((role for role, kinds in ROLES.items() if isinstance(module, kinds)), None)
 
 
 def _number(value: float | None) -> str:
