@@ -266,6 +266,9 @@ def test_command_sweeps_until_the_record_is_complete(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out == f"{path}: complete, 2 runs\n"
     assert len(read(path, second)) == 2
     assert args.func(args) == 0  # nothing is left to do
+    monkeypatch.setattr(engine, "plan", lambda record, slope: first)
+    with pytest.raises(ValueError, match="line 3: of another plan"):
+        args.func(args)
 
 
 def test_looks_reach_over_the_long_runs():
