@@ -315,7 +315,7 @@ def _is_90(model: nn.Module, x: Tensor, y: Tensor) -> bool:
 
 
 def read(path: str | os.PathLike[str], runs: Iterable[Run] | None = None) -> pd.DataFrame:
-    """Read and check a record.
+    """Read and check a record, but for a row at its end that was cut short.
 
     Raises:
         ValueError: Naming the line: a header of other columns, a damaged row, a row that stands
@@ -327,7 +327,8 @@ def read(path: str | os.PathLike[str], runs: Iterable[Run] | None = None) -> pd.
         FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/runs.csv'
     """
     known = None if runs is None else set(runs)
-    header, *lines = Path(path).read_text(encoding="utf8").splitlines() or [""]
+    text = Path(path).read_text(encoding="utf8")
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
     if header != ",".join(COLUMNS):
         raise ValueError(f"{path}, line 1: not the header of a record of this version")
     rows: dict[Run, dict[str, Any]] = {}
