@@ -78,6 +78,7 @@ class Run:
 RUN = [field.name for field in fields(Run)]
 RESULT = ["diverged", "signal", "grad_rms", "step_90", "valid_accuracy", "test_accuracy"]
 COLUMNS = [*RUN, *RESULT, *(f"loss_{k}" for k in LOOKS), *(f"valid_{k}" for k in LOOKS)]
+HEADER = ",".join(COLUMNS)
 
 
 # ---- The plan
@@ -328,8 +329,9 @@ def read(path: str | os.PathLike[str], runs: Iterable[Run] | None = None) -> pd.
     """
     known = None if runs is None else set(runs)
     text = Path(path).read_text(encoding="utf8")
-    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
-    if header != ",".join(COLUMNS):
+    whole = text[: text.rfind("\n") + 1]
+    header, *lines = whole.splitlines() or [HEADER if HEADER.startswith(text) else text]
+    if header != HEADER:
         raise ValueError(f"{path}, line 1: not the header of a record of this version")
     rows: dict[Run, dict[str, Any]] = {}
     for number, line in enumerate(lines, 2):
@@ -417,13 +419,12 @@ def sweep(
     """
     runs, path = list(dict.fromkeys(runs)), Path(path)
     with _locked(path) as file, ExitStack() as stack:
-        file.seek(0)
-        text = file.read()
-        whole = text.rfind(b"\n") + 1  # what follows is a row cut short
-        file.truncate(whole)
-        if not whole:
-            file.write((",".join(COLUMNS) + "\n").encode())
         done = _accuracies(read(path, runs))
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)  # what follows is a row cut short
+        if not whole:
+            file.write(f"{HEADER}\n".encode())
         # The longest first, so that none is left alone at the end
         left = sorted((run for run in runs if run not in done), key=_cost, reverse=True)
         if dask is not None:
@@ -431,11 +432,13 @@ def sweep(
 
             stack.enter_context(Client(dask))
             stack.enter_context(joblib.parallel_config(backend="dask"))
-        workers = joblib.Parallel(jobs, return_as="generator_unordered")
-        records = workers(joblib.delayed(train)(run) for run in left)
-        for record in tqdm(records, "sweep", len(left), unit="run"):
+        workers = joblib.Parallel(jobs if dask is None else None, return_as="generator_unordered")
+        work = sum(map(_cost, left))
+        bar = stack.enter_context(tqdm(total=work, unit_scale=True, unit="work", desc="sweep"))
+        for record in workers(joblib.delayed(train)(run) for run in left):
             file.write(f"{_line(record)}\n".encode())
             os.fsync(file)
+            bar.update(_cost(Run(**{field: record[field] for field in RUN})))
     record = read(path, runs)
     place = {run: number for number, run in enumerate(_accuracies(record))}
     return record.iloc[[place[run] for run in runs]]

@@ -12,6 +12,7 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation
@@ -91,10 +92,7 @@ class LayerTrace:
 
 
 class Trace(list[LayerTrace]):
-    """A list of `LayerTrace`, in the order of execution, that prints as a verdict and a table.
-
-    `pandas.DataFrame(trace)` has all rows and numbers.
-    """
+    """A list of `LayerTrace`, in the order of execution, that prints as a verdict and a table."""
 
     def problems(self) -> list[Problem]:
         """Return what is wrong, first cause first; see `initlab.verdict` for the thresholds.
@@ -106,6 +104,10 @@ class Trace(list[LayerTrace]):
             [('0', 'dead', 1.0)]
         """
         return diagnose(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return all rows and numbers as a DataFrame, by name of the layer."""
+        return pd.DataFrame(self).set_index("name")
 
     def __repr__(self) -> str:
         problems = self.problems()
@@ -168,6 +170,10 @@ class _Watch(TorchFunctionMode):
             output = self.starts[-1].clone()
         own = module.named_parameters(recurse=False)
         weight = next((parameter for name, parameter in own if name in WEIGHTS), None)
+        if known["role"] != "activation":
+            # Not subclasses of the norms: torchvision's LayerNorm2d has channels in dimension 1
+            last = isinstance(module, nn.Linear) or type(module) in (nn.LayerNorm, nn.RMSNorm)
+            self.channels_last = last or known["role"] == "mixer"
         self.add(self.paths[module] or type(module).__name__, known, output, weight)
         return output
 
@@ -204,9 +210,6 @@ class _Watch(TorchFunctionMode):
             return
         self.calls[name] += 1
         name += f"#{self.calls[name]}" if self.calls[name] > 1 else ""
-        if known["role"] != "activation":
-            last = known["kind"] in ("Linear", "LayerNorm", "RMSNorm")
-            self.channels_last = last or known["role"] == "mixer"
         v, features = y.detach().double(), _by_feature(y, self.channels_last)
         # Divisions of 0 by 0 give nan quietly, where torch.std and torch.var would warn.
         std = ((v - v.mean()).square().sum() / (v.numel() - 1)).sqrt().item()
@@ -374,6 +377,8 @@ def main_trace(args: argparse.Namespace) -> int:
         shape = [int(size) for size in args.shape.split(",")]
         module = "torchvision.models" if module == "torchvision" else module
         model = getattr(import_module(module), name)()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{args.model} gives a {type(model).__name__}, not a module")
         x = torch.randn(args.batch, *shape)
         rows = trace(model.train(not args.eval), x, loss=_random_direction)
         if args.save:

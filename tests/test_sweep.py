@@ -96,6 +96,7 @@ def test_a_row_cut_short_is_done_again(record, tmp_path):
     assert sweep(SHORT, path).equals(sweep(SHORT, path))
     assert sorted(lines(path)) == sorted(lines(record[1]))
     path.write_text(lines(record[1])[0][:50])  # killed within the header
+    assert len(read(path)) == 0
     sweep(SHORT[:1], path)
     assert len(lines(path)) == 2
 
@@ -124,6 +125,15 @@ def test_a_damaged_record_is_refused_by_line_and_kept(record, tmp_path, damage, 
     text = "\n".join(damage(lines(record[1]))) + "\n"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        sweep(SHORT, path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["a file of one line", "a file of two lines,\nnot whole"])
+def test_a_file_that_is_no_record_is_refused_and_kept(tmp_path, text):
+    path = tmp_path / "notes.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="line 1: not the header"):
         sweep(SHORT, path)
     assert path.read_text() == text
 

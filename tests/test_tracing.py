@@ -7,9 +7,9 @@ import math
 import weakref
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional
 
@@ -513,9 +513,8 @@ def test_the_table_folds_what_has_no_problem():
         "... 6 rows, rms 1.00 to 1.00",
         "... 11 rows, rms 1.00 to 1.00",
     ]
-    frame = pd.DataFrame(entries)
-    assert len(frame) == 30
-    assert frame["rms"][3] == 1
+    assert len(entries.to_frame()) == 30
+    assert entries.to_frame().loc["3", "rms"] == 1
 
 
 def test_plot_of_one_trace_of_several_and_of_sets():
@@ -580,3 +579,13 @@ def test_command(capsys, tmp_path, monkeypatch):
         status, out, err = run_command(capsys, *argv)
         assert (status, out, len(err.splitlines())) == (2, "", 1)
         assert match in err
+
+
+def test_features_of_a_subclass_are_those_of_its_layer():
+    class Own(nn.Linear):
+        pass
+
+    entry, act = trace(nn.Sequential(Own(4, 7), nn.ReLU()), torch.randn(3, 5, 4))
+    assert (entry.kind, entry.features, act.features) == ("Own", 7, 7)
+    (entry,) = trace(torchvision.models.convnext.LayerNorm2d(6), torch.randn(2, 6, 4, 4))
+    assert (entry.kind, entry.features) == ("LayerNorm2d", 6)
