@@ -7,12 +7,11 @@ mean patch mu, the second moments M = mean of p p^T, and the sizes |p|.
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from initlab.init import (
@@ -57,8 +56,7 @@ def predict(
 
     Args:
         x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
-        layer: Its shape, stride, zero padding, dilation, groups and whether it has a bias are
-            used, its values are not.
+        layer: All but its values is used; zero padding only.
         scheme: As in `initialize_`, except "orthogonal", whose weights are not independent.
         a: Slope or activation that the Kaiming schemes assume.
         bias: "default" is U(-1/sqrt(fan_in), 1/sqrt(fan_in)), "zeros" none.
@@ -66,8 +64,8 @@ def predict(
 
     Raises:
         ValueError: Unknown scheme, bias or mode; `a` not finite or without a gain; `x` empty, not
-            finite, of another number of channels or smaller than the kernel; padding by anything
-            but zeros; a lazy layer.
+            finite, of another shape than the layer takes or smaller than the kernel; padding by
+            anything but zeros.
         TypeError: `layer` is neither Conv2d nor Linear; `x` is no floating-point tensor.
 
     Source: He et al. 2015, arXiv 1502.01852, sec. 2.2, without its assumptions on the data; for
@@ -82,18 +80,16 @@ def predict(
         >>> round(predicted.at().rms, 2), round(predicted.at(0.0).mean, 2)
         (1.01, 0.4)
     """
-    x = _check(x, layer, bias)
-    plain = _unset(layer)
-    n, groups = fans(plain.weight)[0], getattr(layer, "groups", 1)
-    V, uniform = _weight_variance(plain.weight, scheme, a, mode)
-    B = 1 / math.sqrt(n) if plain.bias is not None and bias == "default" else 0.0
-    U = B**2 / 3
+    windows, conv = _windows(x, layer, bias)
+    V = _weight_variance(conv.weight, scheme, a, mode)
+    uniform = not scheme.endswith("normal")
+    U = (1 / math.sqrt(fans(conv.weight)[0])) ** 2 / 3 if conv.bias is not None else 0.0
     cumulants = UNIFORM * V**2 if uniform else 0.0, UNIFORM * U**2
-    pairs_from = math.ceil(PAIRS_FROM / math.sqrt(groups))  # as many pairs for any groups
-    parts = [_of_a_group(part, layer, V, U, cumulants, pairs_from) for part in x.chunk(groups, 1)]
+    pairs_from = math.ceil(PAIRS_FROM / math.sqrt(conv.groups))  # as many pairs for any groups
+    parts = [_of_a_group(x, V, U, cumulants, pairs_from) for x in windows.chunk(conv.groups, 1)]
     expected, per_filter = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
-    covariance = TO_HALVES @ (per_filter / len(plain.weight)) @ TO_HALVES.T
-    count = _positions(x, layer) * len(plain.weight)
+    covariance = TO_HALVES @ (per_filter / conv.out_channels) @ TO_HALVES.T
+    count = _positions(windows) * conv.out_channels
     return Predicted(TO_HALVES @ expected, covariance, count, uniform)
 
 
@@ -110,20 +106,9 @@ def draw(
 ) -> Drawn:
     """Initialise `layer` anew `n` times and measure `layer(x)` each time, for every slope at once.
 
-    A draw is what `initialize_(layer, scheme, a, mode, bias, generator)` makes of a layer like
-    this; `layer` itself is left as it is. Memory does not grow with `n`, but for the result. The
-    work is done on the CPU.
-
-    Args:
-        x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
-        layer: The layer; zero padding only.
-        scheme: As in `initialize_`.
-        a: Slope or activation that the Kaiming schemes assume.
-        bias: "default" draws it anew each time, "zeros" leaves it out.
-        n: Number of draws.
-        generator: Source of the random numbers, or the seed of a new one; by default torch's
-            global one.
-        mode: As in `initialize_`, for the Kaiming schemes.
+    Takes what `predict` takes, and also "orthogonal". A draw is what
+    `initialize_(layer, scheme, a, mode, bias, generator)` makes of a layer like this; `layer`
+    itself is left as it is. Memory does not grow with `n`, but for the result.
 
     Raises:
         ValueError: `n` < 1; else as `predict` raises it.
@@ -138,29 +123,35 @@ def draw(
     """
     if n < 1:
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
-    x = _check(x, layer, bias)
-    plain, draw_ = _unset(layer), weight_rule(scheme, a, mode)
-    layers_to_draw(plain, scheme)
+    windows, conv = _windows(x, layer, bias)
+    draw_ = weight_rule(scheme, a, mode)
+    layers_to_draw(conv, scheme)
     generator = as_generator(generator)
-    filters, groups = len(plain.weight), getattr(layer, "groups", 1)
-    count = _positions(x, layer) * filters
-    at_once = max(1, min(n, 128, BLOCK // max(filters, plain.weight.numel())))
+    filters, groups = conv.out_channels, conv.groups
+    count = _positions(windows) * filters
+    at_once = max(1, min(n, 128, BLOCK // max(filters, conv.weight.numel())))
     columns = max(1, BLOCK // (at_once * filters))
     # One buffer for all outputs: fresh memory for each costs as much time as computing them
-    buffer = x.new_empty(at_once * filters * columns)
+    buffer = windows.new_empty(at_once * filters * columns)
     halves = torch.empty(n, 4, dtype=torch.float64)
     # A bar only for what takes longer than two seconds
     with torch.no_grad(), tqdm(total=n, desc=f"draw {scheme}", unit="draw", delay=2) as bar:
         for rows in halves.split(at_once):
             k, weights = len(rows), []
             for _ in range(k):
-                redraw_(plain, draw_, bias, generator)
-                shift = torch.zeros(filters) if plain.bias is None else plain.bias
-                weights.append(torch.cat([plain.weight.flatten(1), shift[:, None]], 1))
-            weight = _by_group(weights, groups).to(x.dtype)
+                redraw_(conv, draw_, bias, generator)
+                shift = torch.zeros(filters) if conv.bias is None else conv.bias
+                weights.append(torch.cat([conv.weight.flatten(1), shift[:, None]], 1))
+            # All draws side by side: (groups, k * filters / groups, fan_in + 1)
+            weight = torch.stack(weights).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+            weight = weight.to(windows.dtype)
             sums = torch.zeros(4, k, dtype=torch.float64)
-            for block in patches(x, layer):
-                block, repeats = _first_once(block)
+            for block in _patches(windows):
+                # Nearly half of MNIST's 5x5 patches are one, black only: it is computed once
+                repeated = (block == block[:, :1]).all(0)
+                repeated[0] = False
+                repeats = repeated.sum()
+                block = block[:, ~repeated] if repeats else block
                 # A row of ones takes the bias: adding it by itself costs a pass over the outputs
                 block = F.pad(block.unflatten(0, (groups, -1)), (0, 0, 0, 1), value=1.0)
                 if repeats:
@@ -168,136 +159,104 @@ def draw(
                 for p in block.split(columns, 2):
                     y = buffer[: k * filters * p.shape[2]].view(groups, -1, p.shape[2])
                     torch.bmm(weight, p, out=y)
-                    sums += _half_sums(y.view(groups, k, -1, p.shape[2]))
+                    sums += _half_sums(y.unflatten(1, (k, -1)))
             rows.copy_(sums.T / count)
             bar.update(k)
     return Drawn(halves, count)
 
 
-def patches(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Iterator[Tensor]:
-    """Yield the patches of x, already padded, as blocks (channels * kernel, some) of about 16 MB.
+def _windows(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tensor, nn.Conv2d]:
+    """Check the arguments; return the patches of x as a view, and the layer without its values.
 
-    A column is what one position of one picture is computed from, channel by channel, so that the
-    rows of a group stand together. A Linear takes each row of x (N, in_features) whole.
+    The patches are (N, channels, rows, columns, *kernel), on the CPU. A Linear becomes a Conv2d of
+    1x1 pictures. The layer returned has no bias if `bias` is "zeros".
     """
-    if isinstance(layer, nn.Linear):
-        yield from (part.T for part in x.split(max(1, 2**22 // x.shape[1])))
-        return
-    a_picture = x.shape[1] * math.prod(layer.kernel_size) * _positions(x[:1], layer)
-    for part in x.split(max(1, 2**22 // a_picture)):
-        columns = F.unfold(part, layer.kernel_size, layer.dilation, stride=layer.stride)
-        yield columns.transpose(0, 1).flatten(1)
-
-
-def _positions(x: Tensor, layer: nn.Conv2d | nn.Linear) -> int:
-    """Return the number of patches of the padded batch x, over all pictures."""
-    if isinstance(layer, nn.Linear):
-        return len(x)
-    spans = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return len(x) * math.prod((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in spans)
-
-
-def _check(x: Tensor, layer: nn.Module, bias: str) -> Tensor:
-    """Raise if the arguments do not fit; return x zero-padded, on the CPU, in float32 or 64."""
     known("bias", bias, ("default", "zeros"))
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise TypeError(f"needs a Conv2d or a Linear, got {type(layer).__name__}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
-    if any(is_lazy(parameter) for parameter in layer.parameters()):
-        raise ValueError(f"{layer} has no shape before its first input; run it once")
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"only zero padding is covered, got {layer.padding_mode!r}")
     if isinstance(layer, nn.Linear):
-        channels, dims = layer.in_features, 2
-        expected = f"(N, {channels}), by x.flatten(0, -2) from more dimensions,"
+        sizes, settings = (layer.in_features, layer.out_features, 1), {}
+        dims, expected = 2, f"(N, {layer.in_features})"
     else:
-        if layer.padding_mode != "zeros":
-            raise ValueError(f"only zero padding is covered, got {layer.padding_mode!r}")
-        channels, dims = layer.in_channels, 4
-        expected = f"(N, {channels}, H, W)"
-    if x.dim() != dims or x.shape[1] != channels or x.numel() == 0:
+        sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+        settings = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
+        dims, expected = 4, f"(N, {layer.in_channels}, H, W)"
+    if x.dim() != dims or x.shape[1] != sizes[0] or x.numel() == 0:
         raise ValueError(f"x must have shape {expected} and not be empty, got {tuple(x.shape)}")
     if not x.isfinite().all():
         raise ValueError("x has values that are nan or infinite")
-    if isinstance(layer, nn.Conv2d):
-        x = F.pad(x, _sides(layer))
-        kernel, size = layer.kernel_size, tuple(x.shape[2:])
-        if any(d * (k - 1) >= s for d, k, s in zip(layer.dilation, kernel, size, strict=True)):
-            raise ValueError(f"the kernel {kernel} is larger than the padded picture {size}")
-    # Half precision cannot hold the sums
-    return x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32))
-
-
-def _sides(conv: nn.Conv2d) -> list[int]:
-    """Return how many zeros the layer puts left, right, above and below, in the order of F.pad."""
-    if conv.padding == "same":  # the odd one goes right and below
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        rows, columns = ((total // 2, total - total // 2) for total in totals)
-    elif conv.padding == "valid":
-        rows = columns = (0, 0)
-    else:
-        rows, columns = ((p, p) for p in conv.padding)
-    return [*columns, *rows]
-
-
-def _unset(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """Return a layer on the CPU with weights and bias of the same shapes, and no values yet."""
     # The type of any parameter: to read a parametrised weight computes it, and may change the layer
-    options = {"bias": layer.bias is not None, "dtype": next(layer.parameters()).dtype}
-    if isinstance(layer, nn.Linear):
-        return nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **options)
-    shape = layer.in_channels, layer.out_channels, layer.kernel_size
-    return nn.utils.skip_init(nn.Conv2d, *shape, groups=layer.groups, **options)
+    settings["dtype"] = next(layer.parameters()).dtype
+    settings["bias"] = layer.bias is not None and bias == "default"
+    conv = nn.utils.skip_init(nn.Conv2d, *sizes, **settings)
+
+    # Half precision cannot hold the sums
+    x = x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32))
+    x = x if dims == 4 else x[..., None, None]
+    sides = conv._reversed_padding_repeated_twice  # in the order of F.pad, also of "same"
+    x = F.pad(x, sides) if any(sides) else x
+    size, axes = tuple(x.shape[2:]), zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    for axis, (k, stride, d) in enumerate(axes, 2):
+        if d * (k - 1) >= x.shape[axis]:
+            raise ValueError(f"the kernel {sizes[2]} is larger than the padded picture {size}")
+        x = x.unfold(axis, d * (k - 1) + 1, stride)[..., ::d]
+    return x, conv
 
 
-def _weight_variance(
-    weight: Tensor, scheme: Scheme, a: float | Activation, mode: Mode
-) -> tuple[float, bool]:
-    """Return the variance V of one weight, and whether it is uniform."""
+def _patches(windows: Tensor) -> Iterator[Tensor]:
+    """Yield the patches, a column each, as blocks (channels * kernel, some) of about 16 MB."""
+    for part in windows.split(max(1, 2**22 // windows[0].numel())):
+        yield part.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)
+
+
+def _positions(windows: Tensor) -> int:
+    """Return the number of patches, over all pictures."""
+    return windows[:, 0, :, :, 0, 0].numel()
+
+
+def _weight_variance(weight: Tensor, scheme: Scheme, a: float | Activation, mode: Mode) -> float:
+    """Return the variance V of one weight."""
     fan_in, fan_out = fans(weight)
-    known("mode", mode, ("fan_in", "fan_out"))
+    known("mode", mode, get_args(Mode))
     kaiming = gain(a) ** 2 / (fan_in if mode == "fan_in" else fan_out)
+    xavier = 2 / (fan_in + fan_out)
     variances = {
         "default": gain(math.sqrt(5)) ** 2 / fan_in,
         "kaiming_normal": kaiming,
         "kaiming_uniform": kaiming,
-        "xavier_normal": 2 / (fan_in + fan_out),
-        "xavier_uniform": 2 / (fan_in + fan_out),
+        "xavier_normal": xavier,
+        "xavier_uniform": xavier,
     }
     if scheme not in variances:
         raise ValueError(f"no prediction for scheme {scheme!r}; known are {', '.join(variances)}")
-    return variances[scheme], not scheme.endswith("normal")
+    return variances[scheme]
 
 
 def _of_a_group(
-    x: Tensor,
-    layer: nn.Conv2d | nn.Linear,
-    V: float,
-    U: float,
-    cumulants: tuple[float, float],
-    pairs_from: int,
+    windows: Tensor, V: float, U: float, cumulants: tuple[float, float], pairs_from: int
 ) -> tuple[Tensor, Tensor]:
     """Return E of y, |y|, y^2, y|y|, and the covariance (4, 4) of their means over one filter."""
-    positions = _positions(x, layer)
-    chosen = _spread_evenly(pairs_from, positions)
-    M, mu, size, count, sample = 0.0, 0.0, 0.0, 0, []
-    for p in patches(x, layer):
+    positions = _positions(windows)
+    M, mu, size = 0.0, 0.0, 0.0
+    for p in _patches(windows):
         p = p.double()
         M, mu = M + p @ p.T, mu + p.sum(1)
         size += (V * p.square().sum(0) + U).sqrt().sum().item()
-        here = (chosen >= count) & (chosen < count + p.shape[1])
-        sample.append(p[:, chosen[here] - count])
-        count += p.shape[1]
-    M, mu = M / count, mu / count
-
+    M, mu = M / positions, mu / positions
     mu2, power = mu.square().sum().item(), V * M.trace().item() + U
     gaussian = 2 * V**2 * M.square().sum().item() + 4 * U * V * mu2 + 2 * U**2
-    w_cumulant, b_cumulant = cumulants
-    covariance = _pair_covariance(
-        torch.cat(sample, 1), positions, V, U, w_cumulant, b_cumulant, gaussian
-    )
+
+    shape = len(windows), *windows.shape[2:4]
+    picture, row, column = torch.unravel_index(_spread_evenly(pairs_from, positions), shape)
+    sample = windows[picture, :, row, column].flatten(1).T.contiguous().double()
+    covariance = _pair_covariance(sample, positions, V, U, *cumulants, gaussian)
     covariance[0, 0] = V * mu2 + U
-    covariance[2, 2] = gaussian + w_cumulant * M.diagonal().square().sum() + b_cumulant
-    mean_abs = math.sqrt(2 / math.pi) * size / count
+    covariance[2, 2] = gaussian + cumulants[0] * M.diagonal().square().sum() + cumulants[1]
+    mean_abs = math.sqrt(2 / math.pi) * size / positions
     return torch.tensor([0.0, mean_abs, power, 0.0], dtype=torch.float64), covariance
 
 
@@ -313,13 +272,7 @@ def _spread_evenly(some: int, of: int) -> Tensor:
 
 
 def _pair_covariance(
-    p: Tensor,
-    positions: int,
-    V: float,
-    U: float,
-    w_cumulant: float,
-    b_cumulant: float,
-    var_square: float,
+    p: Tensor, positions: int, V: float, U: float, c_w: float, c_b: float, var_square: float
 ) -> Tensor:
     """Return the covariance (4, 4) of one filter's means of y, |y|, y^2, y|y| over all patches.
 
@@ -342,7 +295,7 @@ def _pair_covariance(
     r = (K / ss.clamp_min(1e-300)).clamp(-1, 1)
     root_1_r2, asin = (1 - r * r).sqrt(), r.asin()
     square_by_abs = s.square().outer(s)
-    c = w_cumulant * (p.T.square() @ p.square()) + b_cumulant
+    c = c_w * (p.T.square() @ p.square()) + c_b
 
     def mean(pairs: Tensor) -> float:
         """Mean over all pairs of the data, of which a share 1/positions is one patch twice."""
@@ -364,22 +317,6 @@ def _pair_covariance(
     )
     covariance[0, 3] = covariance[3, 0] = energy**3 * mean(square_by_abs * root * 2 * r)
     return covariance
-
-
-def _by_group(draws: list[Tensor], groups: int) -> Tensor:
-    """Make k draws (out_channels, ...) one wide layer (groups, k * out_channels / groups, ...)."""
-    return torch.stack(draws).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def _first_once(block: Tensor) -> tuple[Tensor, int]:
-    """Return patches (n, some) without those that repeat the first, and the number of these.
-
-    Nearly half of MNIST's 5x5 patches are one: black only.
-    """
-    repeated = (block == block[:, :1]).all(0)
-    repeated[0] = False
-    number = int(repeated.sum())
-    return (block[:, ~repeated] if number else block), number
 
 
 def _half_sums(y: Tensor) -> Tensor:
