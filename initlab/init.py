@@ -3,8 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ Scheme = Literal[
 Mode = Literal["fan_in", "fan_out"]
 Bias = Literal["keep", "zeros", "default"]
 Activation = Callable[[Tensor], Tensor]
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def gain(a: float | Activation) -> float:
@@ -67,21 +65,16 @@ def _mean_square(activation: Activation) -> float:
         left, width, total = torch.arange(-38.0, 38.0, dtype=torch.float64), 1.0, 0.0
         whole = integrals(left, width)
         tails = whole[[0, -1]].sum()  # beyond is less, unless f^2 outgrows the density
-        for _ in range(50):
-            if not len(left):
-                break
+        while len(left) and width > 2**-50:
             width /= 2
             left = torch.stack([left, left + width], 1).flatten()
             halves = integrals(left, width).view(-1, 2)
-            scale = total + halves.sum().item()
-            if not 0 < scale < math.inf or tails > 1e-10 * scale:
-                what = "0" if scale == 0 else "not finite"
-                raise ValueError(f"E f(z)^2 of {activation} is {what}: it has no gain")
-            off = (halves.sum(1) - whole).abs() > 1e-13 * scale
+            off = (halves.sum(1) - whole).abs() > 1e-13 * (total + halves.sum())
             total += halves[~off].sum().item()
             left, whole = left.view(-1, 2)[off].flatten(), halves[off].flatten()
-    if whole.sum() > 1e-10 * total:
-        raise ValueError(f"E f(z)^2 of {activation} is not finite: it has no gain")
+    if not 0 < total < math.inf or max(tails, whole.sum()) > 1e-10 * total:
+        what = "0" if total == 0 else "not finite"
+        raise ValueError(f"E f(z)^2 of {activation} is {what}: it has no gain")
     return total
 
 
@@ -109,17 +102,17 @@ def fans(weight: Tensor) -> tuple[int, int]:
 
 
 def initialize_(
-    module: Module,
+    module: nn.Module,
     scheme: Scheme,
     a: float | Activation = 0.0,
     mode: Mode = "fan_in",
     bias: Bias = "keep",
     generator: Generator | int | None = None,
-) -> Module:
-    """Draw the weight of every Linear and (transposed) convolution in `module` anew, in place.
+) -> nn.Module:
+    """Draw the weight of every Linear and (transposed) convolution anew, in place; return `module`.
 
-    Layers are visited in the order of `module.modules()`, the weight before the bias. The drawing
-    is done by `torch.nn.init`: the same generator state gives the same bits.
+    Layers are visited in the order of `module.modules()`, the weight before the bias. The same
+    generator state gives the same bits as `torch.nn.init`.
 
     Args:
         module: A layer or a network. Layers of other kinds (normalisation, embedding) are
@@ -127,15 +120,11 @@ def initialize_(
         scheme: "default" is what `reset_parameters` does to a weight, U(-1/sqrt(fan_in),
             1/sqrt(fan_in)); the others are the initialisers of torch of that name.
         a: Slope that the two Kaiming schemes assume, or the activation itself, such as `F.gelu`.
-            The other schemes know none.
         mode: "fan_in" or "fan_out", for the two Kaiming schemes.
         bias: "keep" leaves biases alone, as every `torch.nn.init.kaiming_*_` does, "zeros" clears
             them, "default" draws them as `reset_parameters` does.
         generator: Source of the random numbers, or the seed of a new one; by default torch's
             global one.
-
-    Returns:
-        The `module` itself.
 
     Raises:
         ValueError: Unknown `scheme`, `mode` or `bias`; `a` not finite or without a gain; nothing to
@@ -167,37 +156,30 @@ def known(name: str, value: str, values: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known are {', '.join(values)}")
 
 
-def as_generator(
-    generator: Generator | int | None, device: torch.device | str = "cpu"
-) -> Generator | None:
+def as_generator(generator: Generator | int | None, device: Any = "cpu") -> Generator | None:
     """Return a new generator seeded with an int; anything else as it is."""
-    if isinstance(generator, int):
-        return Generator(device).manual_seed(generator)
-    return generator
+    return Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
 
 
 def weight_rule(scheme: Scheme, a: float | Activation, mode: Mode) -> Callable[..., Tensor]:
     """Return the initialiser of torch, to be called with a weight and `generator=`."""
     known("scheme", scheme, get_args(Scheme))
     known("mode", mode, get_args(Mode))
-    size = gain(a)
+    size, fan = gain(a), get_args(Mode).index(mode)
     if scheme == "default":
-        return partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
-    draw_ = getattr(nn.init, scheme + "_")
-    if not scheme.startswith("kaiming"):
-        return draw_
-    if not callable(a):
-        return partial(draw_, a=a, mode=mode, nonlinearity="leaky_relu")
+        size, fan = gain(math.sqrt(5)), 0
+    elif not scheme.startswith("kaiming"):
+        return getattr(nn.init, scheme + "_")
 
-    # No slope has a gain above sqrt(2), so torch's rule is written out
-    def draw_by_gain_(weight: Tensor, generator: Generator | None = None) -> Tensor:
-        std = size / math.sqrt(fans(weight)[mode == "fan_out"])
+    # torch's rule written out: it takes a slope, and no slope has a gain above sqrt(2)
+    def draw_(weight: Tensor, generator: Generator | None = None) -> Tensor:
+        std = size / math.sqrt(fans(weight)[fan])
         if scheme == "kaiming_normal":
             return nn.init.normal_(weight, 0, std, generator=generator)
         bound = math.sqrt(3) * std
         return nn.init.uniform_(weight, -bound, bound, generator=generator)
 
-    return draw_by_gain_
+    return draw_
 
 
 def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
@@ -228,6 +210,5 @@ def redraw_(
     if layer.bias is not None and bias == "zeros":
         nn.init.zeros_(layer.bias)
     elif layer.bias is not None and bias == "default":
-        fan_in, _ = fans(weight)
-        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        bound = 1 / math.sqrt(fans(weight)[0])
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
