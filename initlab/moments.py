@@ -28,14 +28,9 @@ class Stats(NamedTuple):
 def stats(x: Tensor) -> Stats:
     """Return the mean, std and rms over all elements of `x`, summed in float64 without a graph.
 
-    The float64 sums make the four printed decimals independent of the number of threads. They are
-    tied by `rms**2 = mean**2 + std**2 * (n - 1) / n` for n elements.
-
-    Args:
-        x: Floating-point tensor of any shape, with at least one element.
-
-    Returns:
-        Three Python floats. The std is the unbiased one of `torch.std`; of one element it is nan.
+    The float64 sums make the four printed decimals independent of the number of threads. The std is
+    the unbiased one of `torch.std`, so that `rms**2 = mean**2 + std**2 * (n - 1) / n` for n
+    elements; of one element it is nan.
 
     Raises:
         TypeError: `x` is not a tensor, or not of a real floating-point type.
@@ -51,14 +46,11 @@ def stats(x: Tensor) -> Stats:
         raise TypeError(f"stats needs real floating-point values, got {x.dtype}; use x.float()")
     if x.numel() == 0:
         raise ValueError(f"stats of an empty tensor, shape {tuple(x.shape)}")
-    with torch.no_grad():
-        x = x.detach().double()
-        mean, rms = x.mean().item(), x.square().mean().sqrt().item()
-        bad = 0 if math.isfinite(rms) else x.numel() - int(x.isfinite().sum())
-        if bad:
-            raise ValueError(f"stats needs finite values: {bad} of {x.numel()} are nan or infinite")
-        std = x.std().item() if x.numel() > 1 else math.nan
-    return Stats(mean, std, rms)
+    x = x.detach().double()
+    if bad := x.numel() - int(x.isfinite().sum()):
+        raise ValueError(f"stats needs finite values: {bad} of {x.numel()} are nan or infinite")
+    std = x.std().item() if x.numel() > 1 else math.nan
+    return Stats(x.mean().item(), std, x.square().mean().sqrt().item())
 
 
 class Moments(NamedTuple):
@@ -68,9 +60,9 @@ class Moments(NamedTuple):
         mean: The mean; of several draws, the mean of theirs.
         std: The root of the variance (unbiased); of several draws, of their mean variance.
         rms: The root of the mean square; of several draws, of their mean one.
-        mean_sd: Standard deviation of the mean of ONE draw. Of a single draw it is nan.
-        std_sd: Of the std of one draw.
-        rms_sd: Of the rms of one draw.
+        mean_sd: Standard deviation of the mean of ONE draw; nan if only one was made.
+        std_sd: The same of the std.
+        rms_sd: The same of the rms.
         n: Number of draws; None for a prediction.
         uniform: Whether this predicts weights that are uniform.
     """
@@ -98,9 +90,8 @@ class Moments(NamedTuple):
         to notice a wrong formula, too seldom to blame luck for any of this series' comparisons.
 
         For uniform weights the mean may be off by 2 % more, and the std by what follows from that:
-        a sum of n = fan_in uniform numbers is not quite Gaussian, and `predict` takes it for such,
-        which makes E|y| 0.5 % too low on MNIST's 5x5 patches (8 % at fan_in = 1, which 2 % do not
-        cover). Without an activation the mean is 0 and needs no allowance.
+        `predict` takes a sum of fan_in uniform numbers for Gaussian, which makes E|y| 0.5 % too low
+        on MNIST's 5x5 patches (8 % at fan_in = 1, which 2 % do not cover).
 
         Raises:
             ValueError: This is no prediction, or `measured` is one.
@@ -116,12 +107,9 @@ class Moments(NamedTuple):
         if self.n is not None or n is None:
             raise ValueError("a prediction covers what was measured: predicted.covers(drawn)")
         allowed = 0.02 * abs(self.mean) if self.uniform else 0.0
-        more = {"mean": allowed, "std": allowed * abs(self.mean) / (self.std or 1.0), "rms": 0.0}
-        return all(
-            abs(getattr(measured, name) - getattr(self, name))
-            <= 5 * getattr(self, name + "_sd") / math.sqrt(n) + more[name]
-            for name in more
-        )
+        more = allowed, allowed * abs(self.mean) / (self.std or 1.0), 0.0
+        numbers = zip(measured[:3], self[:3], self[3:6], more, strict=True)
+        return all(abs(m - told) <= 5 * sd / math.sqrt(n) + off for m, told, sd, off in numbers)
 
 
 class Each(NamedTuple):
@@ -136,6 +124,8 @@ class Each(NamedTuple):
 class Predicted:
     """What `predict` returns: `at` gives the moments behind any leaky ReLU.
 
+    Methods raise a ValueError for a slope that is not finite, a factor that is not positive.
+
     Attributes:
         halves: float64 tensor (4,): E[y+], E[y-], E[y+^2], E[y-^2], over outputs and draws.
         covariance: float64 tensor (4, 4), between draws.
@@ -149,32 +139,19 @@ class Predicted:
     uniform: bool = False
 
     def at(self, slope: float | None = None) -> Moments:
-        """Return the moments before an activation, or behind a leaky ReLU of that slope (0: ReLU).
-
-        Raises:
-            ValueError: `slope` is not finite.
-        """
+        """Return the moments before an activation, or behind a leaky ReLU of that slope."""
         to_mean, to_square = _slope_vectors(slope)
         mean, square = (to_mean @ self.halves).item(), (to_square @ self.halves).item()
-        mean_var = (to_mean @ self.covariance @ to_mean).item()
-        unbiased = self.count / max(self.count - 1, 1)
-        variance = max(unbiased * (square - mean**2 - mean_var), 0.0)
         # std^2 = square - mean^2 moves with both, to first order
-        to_var = to_square - 2 * mean * to_mean
-
-        def sd_of_root(v: Tensor, value: float) -> float:
-            sd = math.sqrt(max((v @ self.covariance @ v).item(), 0.0))
-            return sd / (2 * math.sqrt(value)) if value > 0 else 0.0
-
-        return Moments(
-            mean,
-            math.sqrt(variance),
-            math.sqrt(square),
-            math.sqrt(max(mean_var, 0.0)),
-            sd_of_root(to_var, variance),
-            sd_of_root(to_square, square),
-            uniform=self.uniform,
-        )
+        to_all = to_mean, to_square - 2 * mean * to_mean, to_square
+        variances = [(v @ self.covariance @ v).item() for v in to_all]
+        unbiased = self.count / max(self.count - 1, 1)
+        variance = max(unbiased * (square - mean**2 - variances[0]), 0.0)
+        std, rms = math.sqrt(variance), math.sqrt(square)
+        mean_sd, *sds = (math.sqrt(max(v, 0.0)) for v in variances)
+        # A root r moves by half as much as r^2, over r
+        sds = [sd / (2 * r) if r > 0 else 0.0 for sd, r in zip(sds, (std, rms), strict=True)]
+        return Moments(mean, std, rms, mean_sd, *sds, uniform=self.uniform)
 
     def scaled(self, factor: float) -> "Predicted":
         """Return what weights and bias `factor` > 0 times as large give."""
@@ -187,6 +164,8 @@ class Predicted:
 class Drawn:
     """What `draw` returns: `at` gives the moments behind any leaky ReLU, `each` those of each draw.
 
+    Methods raise as those of `Predicted`.
+
     Attributes:
         halves: float64 tensor (n, 4), one row a draw: the means of y+, y-, y+^2 and y-^2 over all
             outputs.
@@ -197,21 +176,13 @@ class Drawn:
     count: int
 
     def each(self, slope: float | None = None) -> Each:
-        """Return the single draws before an activation, or behind a leaky ReLU of that slope.
-
-        Raises:
-            ValueError: `slope` is not finite.
-        """
+        """Return the single draws before an activation, or behind a leaky ReLU of that slope."""
         mean, square = (self.halves @ v for v in _slope_vectors(slope))
         unbiased = self.count / max(self.count - 1, 1)
         return Each(mean, (unbiased * (square - mean**2).clamp_min(0)).sqrt(), square.sqrt())
 
     def at(self, slope: float | None = None) -> Moments:
-        """Return the moments of all draws together, as predictions speak of them.
-
-        Raises:
-            ValueError: `slope` is not finite.
-        """
+        """Return the moments of all draws together, as predictions speak of them."""
         each, n = self.each(slope), len(self.halves)
         std, rms = (values.square().mean().sqrt().item() for values in each[1:])
         sds = (values.std().item() if n > 1 else math.nan for values in each)
@@ -227,8 +198,7 @@ def _slope_vectors(slope: float | None) -> tuple[Tensor, Tensor]:
     slope = 1.0 if slope is None else slope
     if not math.isfinite(slope):
         raise ValueError(f"the slope of the activation must be finite, got {slope}")
-    vectors = torch.tensor([[1.0, slope, 0.0, 0.0], [0.0, 0.0, 1.0, slope**2]], dtype=torch.float64)
-    return vectors[0], vectors[1]
+    return torch.tensor([[1, slope, 0, 0], [0, 0, 1, slope**2]], dtype=torch.float64).unbind()
 
 
 def _scale(factor: float) -> Tensor:
