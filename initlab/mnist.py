@@ -26,12 +26,12 @@ class MNISTSplits(NamedTuple):
         x_train: Pictures, float32, (n_train, 1, 28, 28) in N, C, H, W; no unit: pixels scaled to
             0..1, less `mean`, over `std`, so `x_train` has mean 0 and standard deviation 1.
         y_train: Digits 0 to 9, int64, (n_train,).
-        x_valid: Pictures, float32, (60,000 - n_train, 1, 28, 28), on the scale of `x_train`.
-        y_valid: Digits 0 to 9, int64, (60,000 - n_train,).
+        x_valid: The other 60,000 - n_train pictures.
+        y_valid: Their digits.
         mean: Mean of the training part's pixels before, on the scale 0..1.
         std: Their standard deviation (unbiased, as `torch.std`) before, on the scale 0..1.
-        x_test: The 10,000 test pictures, float32, on the scale of `x_train`.
-        y_test: Digits 0 to 9, int64, (10,000,).
+        x_test: The 10,000 test pictures.
+        y_test: Their digits.
     """
 
     x_train: Tensor
@@ -126,8 +126,7 @@ def _default_root() -> Path:
     root = Path(__file__).resolve().parents[1] / "data"
     if not root.is_dir():
         raise FileNotFoundError(
-            f"No data folder at {root}: initlab is not installed from its repository with "
-            "`pip install -e .`. Set INITLAB_DATA to a folder for MNIST, or pass it as root."
+            f"No folder {root}. Set INITLAB_DATA to a folder for MNIST, or pass it as root."
         )
     return root
 
@@ -137,23 +136,18 @@ def _download(path: Path, md5: str) -> None:
     from torchvision.datasets import MNIST
     from torchvision.datasets.utils import download_url
 
-    reason: Exception | None = None
     state = "damaged" if path.exists() else "missing"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may do this at once: nobody sees a half-written file
-        with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as scratch:
-            for mirror in MNIST.mirrors:
-                try:
-                    download_url(mirror + path.name, scratch, path.name, md5)
-                    os.replace(Path(scratch, path.name), path)
-                    return
-                except (RuntimeError, OSError, HTTPException) as error:
-                    reason = error
-    except OSError as error:
-        reason = error
+    for mirror in MNIST.mirrors:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Several processes may do this at once: nobody sees a half-written file
+            with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as scratch:
+                download_url(mirror + path.name, scratch, path.name, md5)
+                os.replace(Path(scratch, path.name), path)
+                return
+        except (RuntimeError, OSError, HTTPException) as error:
+            reason = error
     raise RuntimeError(
-        f"{path} is {state}, and downloading it failed ({reason}). Restore it (in a clone, with "
-        f"`git checkout -- {path.name}` in its folder), or run again with a network (and a folder "
-        "that can be written) so that torchvision downloads it."
+        f"{path} is {state}, and downloading it failed ({reason}). Restore it, in a clone by "
+        "`git checkout`, or run again with a network and a folder that can be written."
     ) from None
