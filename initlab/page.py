@@ -22,7 +22,6 @@ COLORS = {
     "kaiming_uniform": "C2",
     "orthogonal": "C3",
     "xavier_normal": "C4",
-    "xavier_uniform": "C4",
 }
 LABELS = {"signal": "std across inputs", "grad_rms": "rms of the gradient"}
 
@@ -101,11 +100,11 @@ def _formats(frame: pd.DataFrame) -> list[Callable[[float], str] | None]:
             return ("{:" + chosen[name] + "}").format
         if not pd.api.types.is_float_dtype(column):
             return None
-        sizes = column[column != 0].dropna().abs()
+        sizes = column[column != 0].abs()
         small = (sizes < 1e-3).any() and not (column < 0).any()
         return "{:#.3g}".format if small or (sizes > 1e4).any() else "{:z.4f}".format
 
-    return [of(name, frame.iloc[:, i]) for i, name in enumerate(frame.columns)]
+    return [of(name, column) for name, column in frame.items()]
 
 
 def plot_trace(
@@ -116,20 +115,14 @@ def plot_trace(
 ) -> Figure:
     """Draw fields of traces over the layers, on log axes, a panel a field and a colour a name.
 
-    Single traces are drawn as their tables: by the names of the columns, over the number of the
-    row, from 0 as `nn.Sequential` counts. With several nets of a kind layers count from 1.
-
     Args:
-        traces: One trace, whose problems are marked and named; or by name, one trace (the same) or
-            those of several nets of one kind, of equal length. Then the line is their geometric
-            mean, the band their range. Single traces become thinner from name to name, so that
-            equal ones show.
+        traces: One trace, or by name, each drawn as its table, over the number of the row from 0:
+            with its problems, and thinner from name to name, so that equal ones show. Or by name
+            those of several nets of one kind: then the line is their geometric mean, the band
+            their range, and layers count from 1.
         fields: Attributes of `LayerTrace`; by default signal, rms and, if there is one, grad_rms.
         theory: By name and field, a value a layer, drawn dashed.
         colors: By name; by default those of the style, in their order.
-
-    Returns:
-        The figure, not yet shown.
 
     Example:
         >>> import torch
