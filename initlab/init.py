@@ -79,14 +79,10 @@ def _mean_square(activation: Activation) -> float:
 
 
 def fans(weight: Tensor) -> tuple[int, int]:
-    """Return (fan_in, fan_out) of the weight of a Linear, Conv1d, Conv2d or Conv3d layer.
+    """Return (fan_in, fan_out) of a weight of shape (out_channels, in_channels / groups, *kernel).
 
     fan_in counts the products that are summed into one output, fan_out the outputs that one input
     goes into, both as torch counts them: stride, padding and the number of groups are left out.
-
-    Args:
-        weight: Tensor of shape (out_features, in_features) or
-            (out_channels, in_channels / groups, *kernel_size).
 
     Raises:
         ValueError: `weight` has fewer than 2 dimensions.

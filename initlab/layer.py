@@ -22,7 +22,6 @@ from initlab.init import (
     fans,
     gain,
     known,
-    layers_to_draw,
     redraw_,
     weight_rule,
 )
@@ -125,7 +124,6 @@ def draw(
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
     windows, conv = _windows(x, layer, bias)
     draw_ = weight_rule(scheme, a, mode)
-    layers_to_draw(conv, scheme)
     generator = as_generator(generator)
     filters, groups = conv.out_channels, conv.groups
     count = _positions(windows) * filters
@@ -220,20 +218,17 @@ def _positions(windows: Tensor) -> int:
 
 def _weight_variance(weight: Tensor, scheme: Scheme, a: float | Activation, mode: Mode) -> float:
     """Return the variance V of one weight."""
+    schemes = [s for s in get_args(Scheme) if s != "orthogonal"]
+    if scheme not in schemes:
+        raise ValueError(f"no prediction for scheme {scheme!r}; known are {', '.join(schemes)}")
     fan_in, fan_out = fans(weight)
     known("mode", mode, get_args(Mode))
-    kaiming = gain(a) ** 2 / (fan_in if mode == "fan_in" else fan_out)
-    xavier = 2 / (fan_in + fan_out)
     variances = {
         "default": gain(math.sqrt(5)) ** 2 / fan_in,
-        "kaiming_normal": kaiming,
-        "kaiming_uniform": kaiming,
-        "xavier_normal": xavier,
-        "xavier_uniform": xavier,
+        "kaiming": gain(a) ** 2 / (fan_in if mode == "fan_in" else fan_out),
+        "xavier": 2 / (fan_in + fan_out),
     }
-    if scheme not in variances:
-        raise ValueError(f"no prediction for scheme {scheme!r}; known are {', '.join(variances)}")
-    return variances[scheme]
+    return variances[scheme.partition("_")[0]]
 
 
 def _of_a_group(

@@ -169,8 +169,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> 
         raise ValueError(f"{len(x)} inputs but {len(y)} labels")
     right = 0
     with _mode(model, training=False):
-        for start in range(0, len(x), batch_size):
-            logits, labels = model(x[start : start + batch_size]), y[start : start + batch_size]
+        for inputs, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            logits = model(inputs)
             # argmax alone would take a nan for the largest, and find class 0 at chance.
             right += int(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum())
     return right / len(x)
