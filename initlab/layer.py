@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from initlab.init import (
     Activation,
-    Mode,
     Scheme,
     as_generator,
     fans,
@@ -40,8 +39,6 @@ def predict(
     scheme: Scheme,
     a: float | Activation = 0.0,
     bias: Literal["default", "zeros"] = "default",
-    *,
-    mode: Mode = "fan_in",
 ) -> Predicted:
     """Predict the moments of `layer(x)` over all weights that `scheme` may draw, without drawing.
 
@@ -57,12 +54,11 @@ def predict(
         x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
         layer: All but its values is used; zero padding only.
         scheme: As in `initialize_`, except "orthogonal", whose weights are not independent.
-        a: Slope or activation that the Kaiming schemes assume.
+        a: Slope or activation that the Kaiming schemes assume, by fan_in.
         bias: "default" is U(-1/sqrt(fan_in), 1/sqrt(fan_in)), "zeros" none.
-        mode: As in `initialize_`, for the Kaiming schemes.
 
     Raises:
-        ValueError: Unknown scheme, bias or mode; `a` not finite or without a gain; `x` empty, not
+        ValueError: Unknown scheme or bias; `a` not finite or without a gain; `x` empty, not
             finite, of another shape than the layer takes or smaller than the kernel; padding by
             anything but zeros.
         TypeError: `layer` is neither Conv2d nor Linear; `x` is no floating-point tensor.
@@ -80,7 +76,7 @@ def predict(
         (1.01, 0.4)
     """
     windows, conv = _windows(x, layer, bias)
-    V = _weight_variance(conv.weight, scheme, a, mode)
+    V = _weight_variance(conv.weight, scheme, a)
     uniform = not scheme.endswith("normal")
     U = (1 / math.sqrt(fans(conv.weight)[0])) ** 2 / 3 if conv.bias is not None else 0.0
     cumulants = UNIFORM * V**2 if uniform else 0.0, UNIFORM * U**2
@@ -100,14 +96,12 @@ def draw(
     bias: Literal["default", "zeros"] = "default",
     n: int = 1000,
     generator: Generator | int | None = None,
-    *,
-    mode: Mode = "fan_in",
 ) -> Drawn:
     """Initialise `layer` anew `n` times and measure `layer(x)` each time, for every slope at once.
 
     Takes what `predict` takes, and also "orthogonal". A draw is what
-    `initialize_(layer, scheme, a, mode, bias, generator)` makes of a layer like this; `layer`
-    itself is left as it is. Memory does not grow with `n`, but for the result.
+    `initialize_(layer, scheme, a, bias=bias, generator=generator)` makes of a layer like this;
+    `layer` itself is left as it is. Memory does not grow with `n`, but for the result.
 
     Raises:
         ValueError: `n` < 1; else as `predict` raises it.
@@ -123,7 +117,7 @@ def draw(
     if n < 1:
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
     windows, conv = _windows(x, layer, bias)
-    draw_ = weight_rule(scheme, a, mode)
+    draw_ = weight_rule(scheme, a, "fan_in")
     generator = as_generator(generator)
     filters, groups = conv.out_channels, conv.groups
     count = _positions(windows) * filters
@@ -216,16 +210,15 @@ def _positions(windows: Tensor) -> int:
     return windows[:, 0, :, :, 0, 0].numel()
 
 
-def _weight_variance(weight: Tensor, scheme: Scheme, a: float | Activation, mode: Mode) -> float:
+def _weight_variance(weight: Tensor, scheme: Scheme, a: float | Activation) -> float:
     """Return the variance V of one weight."""
     schemes = [s for s in get_args(Scheme) if s != "orthogonal"]
     if scheme not in schemes:
         raise ValueError(f"no prediction for scheme {scheme!r}; known are {', '.join(schemes)}")
     fan_in, fan_out = fans(weight)
-    known("mode", mode, get_args(Mode))
     variances = {
         "default": gain(math.sqrt(5)) ** 2 / fan_in,
-        "kaiming": gain(a) ** 2 / (fan_in if mode == "fan_in" else fan_out),
+        "kaiming": gain(a) ** 2 / fan_in,
         "xavier": 2 / (fan_in + fan_out),
     }
     return variances[scheme.partition("_")[0]]

@@ -502,19 +502,6 @@ def test_sds_on_white_noise(scheme, slope):
         assert abs(ratio - 1) < 5 / math.sqrt(2 * n) + 0.03, name
 
 
-@pytest.mark.parametrize("scheme", ["kaiming_normal", "kaiming_uniform"])
-def test_fan_out(scheme):
-    x, layer = correlated((2, 2, 6, 6)), nn.Conv2d(2, 32, 3, bias=False)
-    told = predict(x, layer, scheme, mode="fan_out").at(1.0)
-    assert told.rms == close(predict(x, layer, scheme).at(1.0).rms / 4, 1e-10)
-    drawn = draw(x, layer, scheme, n=1, generator=generator(), mode="fan_out")
-    same = initialize_(
-        nn.Conv2d(2, 32, 3, bias=False), scheme, mode="fan_out", generator=generator()
-    )
-    y = same(x.float())
-    assert drawn.at(1.0).rms == close(y.square().mean().sqrt().item(), 1e-5)
-
-
 def test_padding_that_was_changed_in_place():
     x, layer = torch.randn(2, 3, 12, 12, generator=generator()), nn.Conv2d(3, 8, 3, padding=1)
     layer.dilation = layer.padding = (2, 2)
