@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ Scheme = Literal[
 Mode = Literal["fan_in", "fan_out"]
 Bias = Literal["keep", "zeros", "default"]
 Activation = Callable[[Tensor], Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def gain(a: float | Activation) -> float:
@@ -98,17 +100,17 @@ def fans(weight: Tensor) -> tuple[int, int]:
 
 
 def initialize_(
-    module: nn.Module,
+    module: Module,
     scheme: Scheme,
     a: float | Activation = 0.0,
     mode: Mode = "fan_in",
     bias: Bias = "keep",
     generator: Generator | int | None = None,
-) -> nn.Module:
+) -> Module:
     """Draw the weight of every Linear and (transposed) convolution anew, in place; return `module`.
 
-    Layers are visited in the order of `module.modules()`, the weight before the bias. The same
-    generator state gives the same bits as `torch.nn.init`.
+    Layers are visited in the order of `module.modules()`, the weight before the bias. The drawing
+    is done by `torch.nn.init`: the same generator state gives the same bits.
 
     Args:
         module: A layer or a network. Layers of other kinds (normalisation, embedding) are
@@ -152,30 +154,37 @@ def known(name: str, value: str, values: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known are {', '.join(values)}")
 
 
-def as_generator(generator: Generator | int | None, device: Any = "cpu") -> Generator | None:
+def as_generator(
+    generator: Generator | int | None, device: torch.device | str = "cpu"
+) -> Generator | None:
     """Return a new generator seeded with an int; anything else as it is."""
-    return Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
+    if isinstance(generator, int):
+        return Generator(device).manual_seed(generator)
+    return generator
 
 
 def weight_rule(scheme: Scheme, a: float | Activation, mode: Mode) -> Callable[..., Tensor]:
     """Return the initialiser of torch, to be called with a weight and `generator=`."""
     known("scheme", scheme, get_args(Scheme))
     known("mode", mode, get_args(Mode))
-    size, fan = gain(a), get_args(Mode).index(mode)
+    size = gain(a)
     if scheme == "default":
-        size, fan = gain(math.sqrt(5)), 0
-    elif not scheme.startswith("kaiming"):
-        return getattr(nn.init, scheme + "_")
+        return partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
+    draw_ = getattr(nn.init, scheme + "_")
+    if not scheme.startswith("kaiming"):
+        return draw_
+    if not callable(a):
+        return partial(draw_, a=a, mode=mode, nonlinearity="leaky_relu")
 
-    # torch's rule written out: it takes a slope, and no slope has a gain above sqrt(2)
-    def draw_(weight: Tensor, generator: Generator | None = None) -> Tensor:
-        std = size / math.sqrt(fans(weight)[fan])
+    # No slope has a gain above sqrt(2), so torch's rule is written out
+    def draw_by_gain_(weight: Tensor, generator: Generator | None = None) -> Tensor:
+        std = size / math.sqrt(fans(weight)[mode == "fan_out"])
         if scheme == "kaiming_normal":
             return nn.init.normal_(weight, 0, std, generator=generator)
         bound = math.sqrt(3) * std
         return nn.init.uniform_(weight, -bound, bound, generator=generator)
 
-    return draw_
+    return draw_by_gain_
 
 
 def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
@@ -206,5 +215,6 @@ def redraw_(
     if layer.bias is not None and bias == "zeros":
         nn.init.zeros_(layer.bias)
     elif layer.bias is not None and bias == "default":
-        bound = 1 / math.sqrt(fans(weight)[0])
+        fan_in, _ = fans(weight)
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

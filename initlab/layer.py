@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from initlab.init import (
@@ -60,7 +61,7 @@ def predict(
     Raises:
         ValueError: Unknown scheme or bias; `a` not finite or without a gain; `x` empty, not
             finite, of another shape than the layer takes or smaller than the kernel; padding by
-            anything but zeros.
+            anything but zeros; a lazy layer.
         TypeError: `layer` is neither Conv2d nor Linear; `x` is no floating-point tensor.
 
     Source: He et al. 2015, arXiv 1502.01852, sec. 2.2, without its assumptions on the data; for
@@ -168,6 +169,8 @@ def _windows(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tensor
         raise TypeError(f"needs a Conv2d or a Linear, got {type(layer).__name__}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
+    if any(is_lazy(parameter) for parameter in layer.parameters()):
+        raise ValueError(f"{layer} has no shape before its first input; run it once")
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError(f"only zero padding is covered, got {layer.padding_mode!r}")
     if isinstance(layer, nn.Linear):
