@@ -122,7 +122,7 @@ class Each(NamedTuple):
 
 @dataclass(frozen=True)
 class Predicted:
-    """What `predict` returns: `at` gives the moments behind any leaky ReLU.
+    """What `predict` returns: `at` gives the moments after any leaky ReLU.
 
     Methods raise a ValueError for a slope that is not finite, a factor that is not positive.
 
@@ -139,7 +139,7 @@ class Predicted:
     uniform: bool = False
 
     def at(self, slope: float | None = None) -> Moments:
-        """Return the moments before an activation, or behind a leaky ReLU of that slope."""
+        """Return the moments before an activation, or after a leaky ReLU of that slope."""
         to_mean, to_square = _slope_vectors(slope)
         mean, square = (to_mean @ self.halves).item(), (to_square @ self.halves).item()
         # std^2 = square - mean^2 moves with both, to first order
@@ -162,7 +162,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What `draw` returns: `at` gives the moments behind any leaky ReLU, `each` those of each draw.
+    """What `draw` returns: `at` gives the moments after any leaky ReLU, `each` those of each draw.
 
     Methods raise as those of `Predicted`.
 
@@ -176,7 +176,7 @@ class Drawn:
     count: int
 
     def each(self, slope: float | None = None) -> Each:
-        """Return the single draws before an activation, or behind a leaky ReLU of that slope."""
+        """Return the single draws before an activation, or after a leaky ReLU of that slope."""
         mean, square = (self.halves @ v for v in _slope_vectors(slope))
         unbiased = self.count / max(self.count - 1, 1)
         return Each(mean, (unbiased * (square - mean**2).clamp_min(0)).sqrt(), square.sqrt())

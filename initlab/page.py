@@ -33,7 +33,7 @@ def show(figure: Figure, alt: str) -> None:
     256 colours, which makes it a third as large.
     """
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=2 * figure.dpi, bbox_inches="tight")
+    figure.savefig(full, format="png", dpi=2 * figure.dpi, pil_kwargs={"compress_level": 1})
     picture = Image.open(full).convert("RGB")
     picture.quantize(256).save(small, format="png", optimize=True)
     width, height = (pixels // 2 for pixels in picture.size)

@@ -19,7 +19,7 @@ SDS = 5
 # Measured: of the nets of torchvision with Kaiming weights, VGG-11 in eval mode shows most, e^1.
 SLACK = 2.0
 # One layer's factor over the median layer's. Measured: at most 14 in nets of torchvision that are
-# sound (a classifier behind a pooling). A layer drawn 100 times too large or small is beyond 30.
+# sound (a classifier after a pooling). A layer drawn 100 times too large or small is beyond 30.
 LEAP = math.log(30)
 # In a plain net of ReLU and BatchNorm in train mode the gradient's norm grows by 1.21 a layer on
 # its way back, sqrt(pi / (pi - 1)): Yang et al. 2019, A mean field theory of batch normalization.
