@@ -210,16 +210,20 @@ def _forward(rows: Rows) -> tuple[int, Problem] | None:
         if s.signal - middle > LEAP or (s.signal - middle < -LEAP and not s.joined):
             reason = f"The signal {_times(s.signal)} here, in the median layer it {_times(middle)}."
             return s.row, Problem(rows[s.row].name, "scale", math.exp(s.signal), reason)
-    end = next(e for e in reversed(rows) if e.rms)
-    share, floor = end.signal / end.rms, math.exp(_log(_share(rows)) - loss - _pooled(rows) - SLACK)
-    if share < floor:
-        culprits = _culprits([(s.share, s.row) for s in stages], -1)
+    # What the last layer is given: its own biases, and a sigmoid or softmax, only shift the output
+    *_, last = (i for i, e in enumerate(rows) if e.role != "activation" and e.rms)
+    end, given = rows[last], rows[last].role == "layer"
+    signal, rms = (end.in_signal, end.in_rms) if given else (end.signal, end.rms)
+    floor = math.exp(_log(_share(rows)) - loss - _pooled(rows) - SLACK)
+    if signal < floor * rms:
+        culprits = _culprits([(s.share, s.row) for s in stages if s.row < last], -1)
         layer = rows[culprits[0][1]] if culprits else end
         reason = (
-            f"Of the rms of {end.name} only the share {share:.2g} differs between inputs. "
-            f"As many ReLUs without biases, and the pooling, leave {floor:.2g} or more."
+            f"Of the rms of what {end.name} {'is given' if given else 'puts out'} only the share "
+            f"{signal / rms:.2g} differs between inputs. As many ReLUs without biases, and the "
+            f"pooling, leave {floor:.2g} or more."
         )
-        return len(rows), Problem(layer.name, "alike", share, reason)
+        return len(rows), Problem(layer.name, "alike", signal / rms, reason)
     return None
 
 

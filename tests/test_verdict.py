@@ -94,6 +94,17 @@ def test_outputs_that_are_alike():
     assert judge(net, torch.zeros(32, 64)).problems() == []  # so are the inputs: no verdict
 
 
+@pytest.mark.parametrize(
+    ("bias", "act"), [(-5, nn.Identity()), (0, nn.Sigmoid()), (0, nn.LogSoftmax(1))]
+)
+def test_what_the_last_layer_adds_to_all_outputs_is_no_fault(bias, act):
+    torch.manual_seed(0)
+    net = kaiming(dense(4, 64)).append(act)
+    net[-2].weight.data.mul_(0.1)
+    net[-2].bias.data.fill_(bias)  # -5: as where a class is rare
+    assert judge(net, torch.randn(32, 64)).problems() == []
+
+
 def test_some_dead_units_are_luck_and_many_are_not():
     torch.manual_seed(0)
     net, x = kaiming(dense(2, 256)), torch.randn(4, 256)  # of 4 inputs, 1/16 of the units are dead
