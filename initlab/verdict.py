@@ -187,6 +187,8 @@ def _path(rows: Rows, stages: Sequence[_Stage]) -> Rows:
 
 def _forward(rows: Rows) -> tuple[int, Problem] | None:
     """Find a signal that shrinks or grows, one layer out of scale, or outputs that are alike."""
+    while rows and rows[-1].role == "activation":  # a sigmoid or softmax shifts all outputs
+        rows = rows[:-1]
     stages = _stages(rows)
     path = _path(rows, stages)
     if not path or rows[0].in_signal == 0:
@@ -210,7 +212,7 @@ def _forward(rows: Rows) -> tuple[int, Problem] | None:
         if s.signal - middle > LEAP or (s.signal - middle < -LEAP and not s.joined):
             reason = f"The signal {_times(s.signal)} here, in the median layer it {_times(middle)}."
             return s.row, Problem(rows[s.row].name, "scale", math.exp(s.signal), reason)
-    # What the last layer is given: its own biases, and a sigmoid or softmax, only shift the output
+    # What the last layer is given: its own biases shift all outputs
     *_, last = (i for i, e in enumerate(rows) if e.role != "activation" and e.rms)
     end, given = rows[last], rows[last].role == "layer"
     signal, rms = (end.in_signal, end.in_rms) if given else (end.signal, end.rms)

@@ -103,6 +103,7 @@ def test_what_the_last_layer_adds_to_all_outputs_is_no_fault(bias, act):
     net[-2].weight.data.mul_(0.1)
     net[-2].bias.data.fill_(bias)  # -5: as where a class is rare
     assert judge(net, torch.randn(32, 64)).problems() == []
+    assert judge(net, torch.randn(1, 64)).problems() == []
 
 
 def test_some_dead_units_are_luck_and_many_are_not():
