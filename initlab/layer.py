@@ -22,6 +22,7 @@ from initlab.init import (
     fans,
     gain,
     known,
+    layers_to_draw,
     redraw_,
     weight_rule,
 )
@@ -100,9 +101,18 @@ def draw(
 ) -> Drawn:
     """Initialise `layer` anew `n` times and measure `layer(x)` each time, for every slope at once.
 
-    Takes what `predict` takes, and also "orthogonal". A draw is what
-    `initialize_(layer, scheme, a, bias=bias, generator=generator)` makes of a layer like this;
-    `layer` itself is left as it is. Memory does not grow with `n`, but for the result.
+    A draw is what `initialize_(layer, scheme, a, bias=bias, generator=generator)` makes of a layer
+    like this. Memory does not grow with `n`, but for the result. The work is done on the CPU.
+
+    Args:
+        x: As in `predict`.
+        layer: As in `predict`; left as it is.
+        scheme: As in `initialize_`.
+        a: As in `predict`.
+        bias: As in `predict`.
+        n: Number of draws.
+        generator: Source of the random numbers, or the seed of a new one; by default torch's
+            global one.
 
     Raises:
         ValueError: `n` < 1; else as `predict` raises it.
@@ -119,6 +129,7 @@ def draw(
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
     windows, conv = _windows(x, layer, bias)
     draw_ = weight_rule(scheme, a, "fan_in")
+    layers_to_draw(conv, scheme)  # raises, where torch would in the middle
     generator = as_generator(generator)
     filters, groups = conv.out_channels, conv.groups
     count = _positions(windows) * filters

@@ -588,6 +588,7 @@ def both(*args, **kwargs):
         (NAN, nn.Conv2d(3, 4, 3), {}, "nan or infinite"),
         (INF, nn.Conv2d(3, 4, 3), {}, "nan or infinite"),
         (PICTURE, nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), {}, "got 'reflect'"),
+        (PICTURE, nn.LazyConv2d(4, 3), {}, "no shape before its first input"),
         (PICTURE, nn.Conv2d(3, 4, 3), {"scheme": "he"}, "scheme 'he'; known are default"),
         (PICTURE, nn.Conv2d(3, 4, 3), {"bias": "keep"}, "bias 'keep'; known are default, zeros"),
         (PICTURE, nn.Conv2d(3, 4, 3), {"a": math.nan}, "must be finite, got nan"),
@@ -627,6 +628,11 @@ def test_number_of_draws(n):
 def test_orthogonal_is_not_predicted():
     with pytest.raises(ValueError, match="no prediction for scheme 'orthogonal'; known are def"):
         predict(PICTURE, nn.Conv2d(3, 4, 3), "orthogonal")
+
+
+def test_orthogonal_needs_more_than_half_precision():
+    with pytest.raises(ValueError, match="needs float32 or float64, got torch"):
+        draw(PICTURE, nn.Conv2d(3, 4, 3).half(), "orthogonal", n=1)
 
 
 def test_picture_as_large_as_the_kernel():
