@@ -10,10 +10,10 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import joblib
 import pandas as pd
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from initlab import mnist
 from initlab.init import gain, initialize_
-from initlab.mnist import load_mnist
 from initlab.net import Residual, accuracy, conv_stack, fit
 
 BATCH = 128
@@ -34,8 +35,11 @@ LOOK_PICTURES, LOOK_EVERY = 2000, 25  # to find the first step with 90 % validat
 CHANCE = 0.2  # ten digits, the most common one 10.6 % of the validation pictures
 
 RATES = (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1, 3.16e-1, 1.0, 3.16)
-GRIDS = {"sgd": (1e-2, 3.16e-2, 1e-1), "adam": (1e-3, 3.16e-3, 1e-2)}
+ADAM = (1e-3, 3.16e-3, 1e-2)
+GRIDS = {"sgd": (1e-2, 3.16e-2, 1e-1), "adam": ADAM, "adamw": ADAM}
 TUNE_SEEDS, FINAL_SEEDS, LATE_SEEDS = (0, 1), range(10, 18), (20, 21)
+FIRST = 17  # parts of the first record
+THIRD_SEED, CLOSE = 2, 0.005  # in the second record, for two best rates as close as that
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Run:
     """All settings of one training run.
 
     Attributes:
-        stage: "tune" chooses the rate, "final" is reported, "late" goes on to 20 epochs.
+        stage: "tune" chooses the rate, "final" is reported, "late" goes on to 20 epochs, "given"
+            has a rate that was not tuned for it, and is reported, too.
         net: "plain" or "residual" (convolutions), or "linear" (`nn.Linear` layers).
         depth: Convolutions, or hidden linear layers.
         width: Channels, or features.
@@ -56,7 +61,17 @@ class Run:
         optimizer: "sgd" (momentum 0.9) or "adam".
         rate: Learning rate, constant.
         seed: Of the weights and of the order of the pictures.
-        steps: Steps of 128 pictures.
+        steps: Steps of 128 pictures. A run of more than three epochs ends at its goal.
+        data: "mnist" or "fashion" (Fashion-MNIST).
+        goal: Share of the 2,000 validation pictures that `step_90` waits for.
+        eps: Of Adam and AdamW.
+        weight_decay: Of AdamW, for all parameters.
+        warmup: Steps in which the rate grows in a line from 0 to `rate`.
+        cosine: Whether the rate then falls to 0 as half a cosine, else it stays.
+        clip: Largest norm of the gradient of all parameters; a larger one is scaled down to it.
+        drawn: Layers that the scheme draws: "all", or "convolutions" or "last", the linear layer;
+            the others are those of the default with the same seed.
+        last: Factor on the weight and bias of the last layer.
     """
 
     stage: str = "tune"
@@ -73,6 +88,15 @@ class Run:
     rate: float = 1e-2
     seed: int = 0
     steps: int = 3 * EPOCH
+    data: str = "mnist"
+    goal: float = 0.9
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0
+    cosine: bool = False
+    clip: float = math.inf
+    drawn: str = "all"
+    last: float = 1.0
 
 
 RUN = [field.name for field in fields(Run)]
@@ -85,7 +109,10 @@ HEADER = ",".join(COLUMNS)
 
 
 def parts(slope: float = 0.0) -> list[list[Run]]:
-    """Return the arms of each part of the experiment, as runs without a rate and a seed."""
+    """Return the arms of each part of the experiment, as runs without a rate and a seed.
+
+    What has the stage "given" is no arm but a run.
+    """
     default = Run(slope=slope)
     kaiming = replace(default, scheme="kaiming_normal", a=slope, bias="zeros")
 
@@ -94,7 +121,9 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         return [replace(init, depth=d, **settings) for d in depths for init in inits]
 
     def optimized(**settings: Any) -> list[Run]:
-        return [arm for optimizer in GRIDS for arm in arms(8, optimizer=optimizer, **settings)]
+        return [
+            arm for optimizer in ("sgd", "adam") for arm in arms(8, optimizer=optimizer, **settings)
+        ]
 
     causes = [
         replace(default, scheme=f"kaiming_{shape}", a=a, bias=bias)
@@ -108,7 +137,20 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
     ]
     leaky = [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
     adam, batch = {"optimizer": "adam"}, {"norm": "batch"}
-    return [
+
+    def given(init: Run, *rates: float, **settings: Any) -> list[Run]:
+        grid = itertools.product(rates, FINAL_SEEDS)
+        return [replace(init, stage="given", rate=r, seed=s, **settings) for r, s in grid]
+
+    late, blocks = {"steps": 20 * EPOCH}, {"net": "residual"}
+    modern = {"optimizer": "adamw", "weight_decay": 0.05, "warmup": 100, "cosine": True}
+    fashion = {"data": "fashion", "goal": 0.8}
+    holes = [
+        *(run for init in causes[-2:] for run in given(init, 1e-2, depth=16)),
+        *(run for depth in (8, 16) for run in given(kaiming, 3.16e-2, depth=depth)),
+    ]
+    common = given(default, 1e-2, 1.78e-2, **blocks) + given(kaiming, 1.78e-2, 3.16e-2, **blocks)
+    first = [
         arms(2, 4, 8),
         arms(8, **batch) + arms(8, **adam),
         arms(16),
@@ -128,6 +170,31 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         arms(2, 4, 8, 16, **adam, **batch),
         [replace(arm, depth=16) for arm in causes],
     ]
+    second = [
+        holes,
+        [
+            *(replace(kaiming, drawn=layers) for layers in ("convolutions", "last")),
+            replace(kaiming, last=0.1),
+        ],
+        common,
+        given(default, 1e-2, 1.78e-2, **late),
+        [replace(default, depth=16, eps=1e-12, **adam)],
+        given(default, 1e-3, depth=16, **adam, **late),
+        # What people do today
+        arms(4, 8, **modern),
+        arms(16, **modern),
+        arms(8, warmup=300) + arms(8, clip=1.0),
+        arms(4, 8, 16, **modern, **batch),
+        arms(30, **modern),
+        arms(30, **modern, **batch),
+        # Other data, more channels
+        arms(4, 8, 16, **fashion),
+        arms(4, 8, 16, **fashion, **adam),
+        arms(4, 8, 16, **fashion, **batch),
+        arms(20, **fashion, **batch, **blocks),
+        arms(8, width=64),
+    ]
+    return first + second
 
 
 def plan(record: pd.DataFrame | None = None, slope: float = 0.0) -> list[Run]:
@@ -136,9 +203,10 @@ def plan(record: pd.DataFrame | None = None, slope: float = 0.0) -> list[Run]:
     Part by part, first every arm at its grid of rates with `TUNE_SEEDS`. An arm that is best at
     an end of its grid gets one rate more there, until it is not; an arm that is at chance
     everywhere gets one more at either end. Then every arm at its best rate, by the mean validation
-    accuracy, with `FINAL_SEEDS`. At the very end, what was at chance in half of its final runs or
-    more goes on to 20 epochs at its two most promising rates, with `LATE_SEEDS`. The experiment is
-    complete when the record holds all runs of its own plan.
+    accuracy, with `FINAL_SEEDS`. At the end of the first record, what was at chance in half of its
+    final runs or more goes on to 20 epochs at its two most promising rates, with `LATE_SEEDS`. In
+    the second record there are no such runs, and a third seed decides between two best rates whose
+    means are within `CLOSE`. The experiment is complete when the record holds all runs of its plan.
 
     Args:
         record: What `sweep` returned, or None at the very start.
@@ -150,9 +218,12 @@ def plan(record: pd.DataFrame | None = None, slope: float = 0.0) -> list[Run]:
         (36, 'tune', 0.01)
     """
     done = {} if record is None else _accuracies(record)
-    arms = [[_arm(arm, done) for arm in part] for part in parts(slope)]
+    arms = [
+        [_arm(arm, done, second=number >= FIRST) for arm in part]
+        for number, part in enumerate(parts(slope))
+    ]
     stages = [[run for known, _ in part for run in known] for part in arms]
-    stages.append([run for part in arms for _, late in part for run in late])
+    stages.insert(FIRST, [run for part in arms for _, late in part for run in late])
     runs: list[Run] = []
     turn = True
     for known in stages:
@@ -167,15 +238,17 @@ def _accuracies(record: pd.DataFrame) -> dict[Run, float]:
     return dict(zip((Run(**row) for row in rows), record["valid_accuracy"], strict=True))
 
 
-def _arm(arm: Run, done: Mapping[Run, float]) -> tuple[list[Run], list[Run]]:
+def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], list[Run]]:
     """Return the runs of one arm that are known: those of three epochs, and the late ones."""
+    if arm.stage == "given":
+        return [arm], []
 
     def runs(stage: str, rates: Iterable[float], seeds: Iterable[int], **more: int) -> list[Run]:
         grid = itertools.product(rates, seeds)
         return [replace(arm, stage=stage, rate=rate, seed=seed, **more) for rate, seed in grid]
 
-    def mean(rate: float) -> float:
-        return sum(done[run] for run in runs("tune", [rate], TUNE_SEEDS)) / len(TUNE_SEEDS)
+    def mean(rate: float, seeds: Sequence[int] = TUNE_SEEDS) -> float:
+        return sum(done[run] for run in runs("tune", [rate], seeds)) / len(seeds)
 
     def order(rate: float) -> tuple[float, int]:
         """By the accuracy; the rates at chance by their place in the grid."""
@@ -186,17 +259,23 @@ def _arm(arm: Run, done: Mapping[Run, float]) -> tuple[list[Run], list[Run]]:
         tune = runs("tune", RATES[low : high + 1], TUNE_SEEDS)
         if not all(run in done for run in tune):
             return tune, []
-        best, second, *_ = sorted(RATES[low : high + 1], key=order)
+        best, second_best, *_ = sorted(RATES[low : high + 1], key=order)
         lost = mean(best) < CHANCE and high - low == 2
         wider = low - (lost or best == RATES[low]), high + (lost or best == RATES[high])
         wider = max(wider[0], 0), min(wider[1], len(RATES) - 1)
         if wider == (low, high):
             break
         low, high = wider
+    if second and mean(second_best) >= CHANCE and mean(best) - mean(second_best) <= CLOSE:
+        pair = sorted([best, second_best])
+        tune += runs("tune", pair, [THIRD_SEED])
+        if not all(run in done for run in tune):
+            return tune, []
+        best = max(pair, key=lambda rate: mean(rate, (*TUNE_SEEDS, THIRD_SEED)))
     final = runs("final", [best], FINAL_SEEDS)
     failed = [run for run in final if run in done and done[run] < CHANCE]
-    late = runs("late", [best, second], LATE_SEEDS, steps=20 * EPOCH)
-    return tune + final, late if 2 * len(failed) >= len(final) else []
+    late = runs("late", [best, second_best], LATE_SEEDS, steps=20 * EPOCH)
+    return tune + final, late if 2 * len(failed) >= len(final) and not second else []
 
 
 # ---- One run
@@ -231,11 +310,46 @@ def build(run: Run) -> nn.Module:
             if run.zeroed and isinstance(block, Residual):
                 nn.init.zeros_(block[-1].weight)
                 nn.init.zeros_(block[-1].bias)
+        if run.drawn != "all":
+            other = build(replace(run, scheme="default", bias="default", drawn="all", last=1.0))
+            for layer, twin in zip(model.modules(), other.modules(), strict=True):
+                if isinstance(layer, nn.Linear if run.drawn == "convolutions" else nn.Conv2d):
+                    layer.load_state_dict(twin.state_dict())
+        for parameter in model[-1].parameters():
+            parameter *= run.last
     # The faster order of the numbers in memory, by a sixth
     return model.to(memory_format=torch.channels_last)
 
 
-_data = cache(load_mnist)
+@cache
+def _data(name: str) -> mnist.MNISTSplits:
+    return getattr(mnist, f"load_{name}")()
+
+
+def _optimizer(run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """Return the optimizer of a run, and the schedule that is to follow each of its steps."""
+    settings: dict[str, Any] = {"lr": run.rate, "fused": True}
+    if run.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
+    elif run.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), eps=run.eps, **settings)
+    else:
+        settings |= {"eps": run.eps, "weight_decay": run.weight_decay}
+        optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    if run.clip < math.inf:
+
+        def clip(*_: Any) -> None:
+            nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+
+        optimizer.register_step_pre_hook(clip)
+
+    def factor(done: int) -> float:
+        if done < run.warmup:
+            return (done + 1) / run.warmup
+        turn = (done - run.warmup) / (run.steps - run.warmup)
+        return (1 + math.cos(math.pi * turn)) / 2 if run.cosine else 1.0
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -243,38 +357,41 @@ def train(run: Run) -> dict[str, Any]:
 
     The record has the fields of `Run`, `diverged` (whether a loss was not finite), `signal` and
     `grad_rms` before the first step (see `look`), `step_90` (the first multiple of 25 steps after
-    which 2,000 validation pictures are recognised to 90 %; None if never), the accuracies on the
-    10,000 validation and the 10,000 test pictures at the end, and at steps 1, 2, 4 ... the loss of
-    the batch before the step and the accuracy on the 2,000 pictures after it. A "late" run ends
-    where it comes to 90 %.
+    which the share `goal` of 2,000 validation pictures is recognised; None if never), the
+    accuracies on the 10,000 validation and the 10,000 test pictures at the end, and at steps 1, 2,
+    4 ... the loss of the batch before the step and the accuracy on the 2,000 pictures after it.
 
     Example:
         >>> record = train(Run(depth=2, steps=2))
         >>> record["diverged"], record["step_90"], round(record["loss_1"], 1)
         (False, None, 2.3)
     """
-    data, threads = _data(), torch.get_num_threads()
+    data, threads = _data(run.data), torch.get_num_threads()
     x, y = data.x_valid[:LOOK_PICTURES], data.y_valid[:LOOK_PICTURES]
     torch.set_num_threads(1)
     try:
         model = build(run)
         record = asdict(run) | dict.fromkeys(COLUMNS[len(RUN) :])
         record["signal"], record["grad_rms"] = look(model, x[:500], y[:500])
-        sgd = partial(torch.optim.SGD, momentum=0.9)
-        kind = {"sgd": sgd, "adam": torch.optim.Adam}[run.optimizer]
+        optimizer, schedule = _optimizer(run, model)
+
+        def ended() -> bool:
+            return run.steps > 3 * EPOCH and record["step_90"] is not None
 
         def after(step: int) -> bool:
+            schedule.step()
             if step in LOOKS:
                 record[f"valid_{step}"] = accuracy(model, x, y, 250)
-            if record["step_90"] is None and step % LOOK_EVERY == 0 and _is_90(model, x, y):
+            look_now = record["step_90"] is None and step % LOOK_EVERY == 0
+            if look_now and _is_at(run.goal, model, x, y):
                 record["step_90"] = step
-            return run.stage == "late" and record["step_90"] is not None
+            return ended()
 
         losses = fit(
             model,
             data.x_train,
             data.y_train,
-            optimizer=kind(model.parameters(), lr=run.rate, fused=True),
+            optimizer=optimizer,
             steps=run.steps,
             batch_size=BATCH,
             # Not the generator of the weights: all inits see the same order
@@ -282,8 +399,7 @@ def train(run: Run) -> dict[str, Any]:
             after=after,
         )
         finite = [loss for loss in losses if math.isfinite(loss)]
-        ended = run.stage == "late" and record["step_90"] is not None
-        record["diverged"] = len(finite) < run.steps and not ended
+        record["diverged"] = len(finite) < run.steps and not ended()
         record |= {f"loss_{k}": losses[k - 1] for k in LOOKS if k <= len(finite)}
         record["valid_accuracy"] = accuracy(model, data.x_valid, data.y_valid, 250)
         record["test_accuracy"] = accuracy(model, data.x_test, data.y_test, 250)
@@ -306,10 +422,13 @@ def look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return signal.item(), gradient.double().square().mean().sqrt().item()
 
 
-def _is_90(model: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Tell whether 90 % of 2,000 pictures are recognised."""
-    # For time: with fewer than 50 of the first 250 it is impossible
-    return accuracy(model, x[:250], y[:250]) >= 0.2 and accuracy(model, x, y, 250) >= 0.9
+def _is_at(goal: float, model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Tell whether the share `goal` of all pictures is recognised."""
+    # For time: with less than a fifth of so many first ones it is impossible
+    first = round((1 - goal) / 0.8 * len(x))
+    if accuracy(model, x[:first], y[:first], 250) < 0.2:
+        return False
+    return accuracy(model, x, y, 250) >= goal
 
 
 # ---- The record

@@ -175,6 +175,39 @@ def test_build_draws_what_the_run_says():
     assert torch.equal(default[0].weight, twin[0].weight)
 
 
+def test_parts_of_the_net_are_drawn_by_the_scheme():
+    kaiming = Run(depth=3, scheme="kaiming_normal", a=0.0, bias="zeros", seed=7)
+    whole, default = build(kaiming), build(Run(depth=3, seed=7))
+    for layers, convolutions, last in (("convolutions", whole, default), ("last", default, whole)):
+        mixed = build(replace(kaiming, drawn=layers))
+        for k in (0, 2, 4):
+            assert torch.equal(mixed[k].weight, convolutions[k].weight)
+            assert torch.equal(mixed[k].bias, convolutions[k].bias)
+        assert torch.equal(mixed[-1].weight, last[-1].weight)
+        assert torch.equal(mixed[-1].bias, last[-1].bias)
+    assert torch.equal(build(replace(kaiming, last=0.5))[-1].weight, whole[-1].weight / 2)
+
+
+def test_schedules_and_clipping_move_the_weights_as_they_say():
+    run = Run(optimizer="adamw", rate=0.1, weight_decay=0.5, warmup=4, cosine=True, steps=8)
+    model = nn.Linear(1, 1)
+    optimizer, schedule = engine._optimizer(run, model)
+    rates = []
+    for _ in range(run.steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    down = [0.05 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, *down])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer, _ = engine._optimizer(Run(rate=1.0, clip=0.1), model)
+    (100 * model(torch.ones(1, 1))).sum().backward()
+    optimizer.step()
+    moved = [(value - before[name]).item() for name, value in model.state_dict().items()]
+    assert moved == pytest.approx([-0.1 / math.sqrt(2)] * 2, rel=1e-5)
+
+
 def test_look_leaves_the_model_as_it_is_and_agrees_with_the_hand():
     model = build(Run(depth=2, norm="batch"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -193,9 +226,9 @@ def test_the_first_step_with_90_percent(monkeypatch):
     for right in (1799, 1800):
         truth = torch.arange(2000) < right
         monkeypatch.setattr(engine, "accuracy", lambda m, xs, ys, *_: ys.double().mean().item())
-        assert engine._is_90(model, x, truth[torch.randperm(2000)]) == (right == 1800)
+        assert engine._is_at(0.9, model, x, truth[torch.randperm(2000)]) == (right == 1800)
     monkeypatch.undo()
-    assert not engine._is_90(model, x, y)
+    assert not engine._is_at(0.9, model, x, y)
     assert accuracy(model, x, y) < 0.9
 
 
