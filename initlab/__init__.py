@@ -4,8 +4,9 @@ from initlab.init import fans, gain, initialize_
 from initlab.layer import draw, predict
 from initlab.mnist import MNISTSplits, load_mnist
 from initlab.moments import Drawn, Each, Moments, Predicted, Stats, stats
-from initlab.net import accuracy, conv_stack, fit
 from initlab.tracing import LayerTrace, Problem, Trace, trace
+from initlab.training.fit import accuracy, fit
+from initlab.training.nets import conv_stack
 
 __all__ = [
     "Drawn",

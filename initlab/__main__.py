@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from initlab import sweep, tracing
+from initlab import tracing
+from initlab.training import sweep
 
 parser = argparse.ArgumentParser(prog="python -m initlab")
 commands = parser.add_subparsers(required=True)

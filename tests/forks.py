@@ -22,7 +22,7 @@ FORKS.set_forkserver_preload(
         "scipy.stats",
         "torchvision",
         "initlab.page",
-        "initlab.sweep",
+        "initlab.training.sweep",
     ]
 )
 

@@ -1,32 +1,27 @@
 """The engine of the training experiment, on runs of a few steps; its plan, on results made up."""
 
+import argparse
 import itertools
 import math
+import multiprocessing
 import time
 from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
 import torch
-from forks import FORKS
 from torch import nn
 
-from initlab import __main__ as command
-from initlab import sweep as engine
-from initlab.net import Residual, accuracy, conv_stack
-from initlab.sweep import (
-    FINAL_SEEDS,
-    LOOKS,
-    RATES,
-    Run,
-    build,
-    look,
-    parts,
-    plan,
-    read,
-    sweep,
-    train,
-)
+from initlab.training import plan as planning
+from initlab.training import record as record_
+from initlab.training import run as running
+from initlab.training import sweep as engine
+from initlab.training.fit import accuracy
+from initlab.training.nets import Residual, conv_stack
+from initlab.training.plan import CLOSE, FINAL_SEEDS, FIRST, RATES, parts, plan
+from initlab.training.record import EPOCH, LOOKS, Run, read, runs_of, to_line
+from initlab.training.run import build, look, train
+from initlab.training.sweep import sweep
 
 SHORT = [
     Run(depth=2, width=8, steps=3, seed=4),
@@ -48,7 +43,7 @@ def lines(path):
 
 def test_a_record_has_the_settings_and_the_results(record):
     frame, path = record
-    assert [Run(**row) for row in frame[engine.RUN].to_dict("records")] == SHORT
+    assert runs_of(frame) == SHORT
     assert read(path, SHORT).equals(frame.sort_index())
     assert not frame["diverged"].any()
     assert frame["step_90"].isna().all()
@@ -65,7 +60,6 @@ def test_processes_and_dask_give_the_same_records(record, tmp_path):
     expected = sorted(lines(record[1]))
     sweep(SHORT, tmp_path / "two.csv", jobs=2)
     assert sorted(lines(tmp_path / "two.csv")) == expected
-    # Its workers forked as well, from what has imported torch
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     forked = dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
     with forked, LocalCluster(**options) as cluster:
@@ -75,7 +69,8 @@ def test_processes_and_dask_give_the_same_records(record, tmp_path):
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     path, runs = tmp_path / "runs.csv", [Run(depth=2, width=8, steps=2, seed=s) for s in range(6)]
-    process = FORKS.Process(target=sweep, args=(runs, path))
+    # By spawn, as on Windows and macOS
+    process = multiprocessing.get_context("spawn").Process(target=sweep, args=(runs, path))
     process.start()
     while process.is_alive() and not (path.exists() and len(lines(path)) > 2):
         time.sleep(0.01)
@@ -142,7 +137,7 @@ def test_a_file_that_is_no_record_is_refused_and_kept(tmp_path, text):
 def test_values_out_of_range_are_damage(column, value):
     row = train(SHORT[0]) | {column: value}
     with pytest.raises(ValueError, match=f"{column} is {value}"):
-        engine._row(engine._line(row))
+        record_._row(to_line(row))
 
 
 def test_a_diverged_run_is_a_result(tmp_path):
@@ -191,7 +186,7 @@ def test_parts_of_the_net_are_drawn_by_the_scheme():
 def test_schedules_and_clipping_move_the_weights_as_they_say():
     run = Run(optimizer="adamw", rate=0.1, weight_decay=0.5, warmup=4, cosine=True, steps=8)
     model = nn.Linear(1, 1)
-    optimizer, schedule = engine._optimizer(run, model)
+    optimizer, schedule = running._optimizer(run, model)
     rates = []
     for _ in range(run.steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -201,7 +196,7 @@ def test_schedules_and_clipping_move_the_weights_as_they_say():
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, *down])
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer, _ = engine._optimizer(Run(rate=1.0, clip=0.1), model)
+    optimizer, _ = running._optimizer(Run(rate=1.0, clip=0.1), model)
     (100 * model(torch.ones(1, 1))).sum().backward()
     optimizer.step()
     moved = [(value - before[name]).item() for name, value in model.state_dict().items()]
@@ -225,10 +220,10 @@ def test_the_first_step_with_90_percent(monkeypatch):
     x, y = torch.randn(2000, 1, 28, 28), torch.randint(10, (2000,))
     for right in (1799, 1800):
         truth = torch.arange(2000) < right
-        monkeypatch.setattr(engine, "accuracy", lambda m, xs, ys, *_: ys.double().mean().item())
-        assert engine._is_at(0.9, model, x, truth[torch.randperm(2000)]) == (right == 1800)
+        monkeypatch.setattr(running, "accuracy", lambda m, xs, ys, *_: ys.double().mean().item())
+        assert running._is_at(0.9, model, x, truth[torch.randperm(2000)]) == (right == 1800)
     monkeypatch.undo()
-    assert not engine._is_at(0.9, model, x, y)
+    assert not running._is_at(0.9, model, x, y)
     assert accuracy(model, x, y) < 0.9
 
 
@@ -259,7 +254,7 @@ def follow(best, kill=1.0):
 
 def test_the_plan_ends_and_no_arm_is_best_at_an_end(monkeypatch):
     few = [Run(depth=16), Run(depth=2, optimizer="adam")], [Run(norm="batch")]
-    monkeypatch.setattr(engine, "parts", lambda slope=0.0: few)
+    monkeypatch.setattr(planning, "parts", lambda slope=0.0: few)
 
     def best(run):
         if run.scheme == "default" and run.depth == 16 and run.norm == "none":
@@ -298,22 +293,78 @@ def test_arms_are_all_different():
     assert sum(map(len, parts(0.3))) == len(arms) - 2  # its own check is left out
 
 
+def test_a_third_seed_decides_between_close_rates(monkeypatch):
+    arm = Run(depth=2)
+    first = [[Run(depth=16)]] * FIRST
+    monkeypatch.setattr(planning, "parts", lambda slope=0.0: [*first, [arm]])
+
+    def tuned(third, gap=0.9 * CLOSE):
+        def value(run):
+            if run.depth == 16 or run.rate == 1e-1:
+                return 0.5
+            if run.seed == 2:
+                return third[run.rate]
+            return 0.9 + gap * (run.rate == 1e-2)
+
+        done = {}
+        while left := [run for run in plan(frame(done)) if run not in done]:
+            done |= {run: value(run) for run in left}
+        return [run for run in done if run.depth == 2]
+
+    def frame(done):
+        rows = [asdict(run) | {"valid_accuracy": value} for run, value in done.items()]
+        return pd.DataFrame(rows) if rows else None
+
+    for third, chosen in (({1e-2: 0.9, 3.16e-2: 0.92}, 3.16e-2), ({1e-2: 0.9, 3.16e-2: 0.9}, 1e-2)):
+        runs = tuned(third)
+        assert {run.rate for run in runs if run.seed == 2} == {1e-2, 3.16e-2}
+        assert {run.rate for run in runs if run.stage == "final"} == {chosen}
+    assert not any(run.seed == 2 for run in tuned({}, gap=1.1 * CLOSE))
+
+
 # ---- The command
+
+
+def command(*words):
+    parser = argparse.ArgumentParser()
+    engine.add_command(parser.add_subparsers())
+    args = parser.parse_args(["sweep", "--jobs", "1", *words])
+    return args.func(args)
 
 
 def test_command_sweeps_until_the_record_is_complete(tmp_path, monkeypatch, capsys):
     first, second = SHORT[:1], SHORT[:2]
-    monkeypatch.setattr(engine, "plan", lambda record, slope: first if record is None else second)
+    monkeypatch.setattr(engine, "plan", lambda record, *_: first if record is None else second)
     path = tmp_path / "new" / "runs.csv"
-    args = command.parser.parse_args(["sweep", "--jobs", "1", "--out", str(path)])
-    assert args.func(args) == 0
-    assert capsys.readouterr().out == f"{path}: complete, 2 runs\n"
+    assert command("--out", str(path)) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{path}: complete, 2 runs\n"
+    assert "1 runs known, 1 to do: about 0 minutes" in shown.err
     assert len(read(path, second)) == 2
-    assert args.func(args) == 0  # nothing is left to do
-    monkeypatch.setattr(engine, "plan", lambda record, slope: first)
+    assert command("--out", str(path)) == 0  # nothing is left to do
+    monkeypatch.setattr(engine, "plan", lambda record, *_: first)
     with pytest.raises(ValueError, match="line 3: of another plan"):
-        args.func(args)
+        command("--out", str(path))
+
+
+def test_command_takes_the_arms_asked_for(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(engine, "_minutes", lambda runs, *_: asked.extend(runs) or "")
+    monkeypatch.setattr(engine, "sweep", lambda runs, *_: pd.DataFrame(map(asdict, runs)))
+    monkeypatch.setattr(engine, "plan", lambda record, *rest: plan(None, *rest))
+    words = ["depth=8", "optimizer=adamw", "norm=none", "cosine=True"]
+    assert command("--out", str(tmp_path / "mine.csv"), "--only", *words) == 0
+    assert {run.scheme for run in asked} == {"default", "kaiming_normal"}
+    assert {(run.depth, run.optimizer, run.norm) for run in asked} == {(8, "adamw", "none")}
+    for words, message in (
+        (["layers=8"], "no setting 'layers'; known are stage, net,"),
+        (["depth=eight"], "invalid literal"),
+        (["cosine=yes"], "cosine is yes"),
+        (["depth=7"], "no arm of the plan has these settings"),
+    ):
+        assert command("--only", *words) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_looks_reach_over_the_long_runs():
-    assert LOOKS[-1] <= 20 * engine.EPOCH < 2 * LOOKS[-1]
+    assert LOOKS[-1] <= 20 * EPOCH < 2 * LOOKS[-1]

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from initlab.net import Residual, accuracy, conv_stack, fit
+from initlab.training.fit import accuracy, fit
+from initlab.training.nets import Residual, conv_stack
 
 
 def kinds(model):
@@ -238,7 +239,7 @@ def fit_with_a_bar(data, label):
 
 @pytest.mark.parametrize("label", ["bar", None])
 def test_progress_bar(data, capsys, monkeypatch, label):
-    monkeypatch.setattr("initlab.net.tqdm", functools.partial(tqdm, disable=False))
+    monkeypatch.setattr("initlab.training.fit.tqdm", functools.partial(tqdm, disable=False))
     fit_with_a_bar(data, label)
     out, err = capsys.readouterr()
     assert out == ""
@@ -249,3 +250,9 @@ def test_progress_bar_is_silent_under_tqdm_disable(data, capsys):
     assert os.environ["TQDM_DISABLE"] == "1"  # since before tqdm was imported
     fit_with_a_bar(data, "bar")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_slice_of_a_residual_adds_nothing():
+    block, x = Residual(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3)
+    assert torch.equal(block[:1](x), block[0](x))
+    assert type(block[:1]) is nn.Sequential

@@ -1,0 +1,166 @@
+"""One training run: its network, its optimizer, and the row that it leaves in the record."""
+
+import copy
+import math
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from initlab import mnist
+from initlab.init import gain, initialize_
+from initlab.training.fit import accuracy, fit
+from initlab.training.nets import Residual, conv_stack, dense_stack
+from initlab.training.record import BATCH, COLUMNS, EPOCH, LOOKS, RUN, Run
+
+LOOK_PICTURES, LOOK_EVERY = 2000, 25  # to find the first step at the goal
+
+
+def build(run: Run) -> nn.Module:
+    """Return the network of a run, initialised, in training mode."""
+    if run.net == "linear":
+        model = dense_stack(run.depth, run.width, slope=run.slope)
+    else:
+        model = conv_stack(
+            run.depth,
+            run.width,
+            slope=run.slope,
+            norm=run.norm,
+            residual=run.net == "residual",
+            downsample=2,
+            classes=10,
+            pooled=2,
+        )
+    generator = Generator().manual_seed(run.seed)
+    initialize_(model, run.scheme, run.a, bias=run.bias, generator=generator)
+    with torch.no_grad():
+        if run.scheme.startswith(("xavier", "orthogonal")):  # which take no slope
+            for layer in model.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.weight *= gain(run.a)
+        for block in model.modules():
+            if run.zeroed and isinstance(block, Residual):
+                nn.init.zeros_(block[-1].weight)
+                nn.init.zeros_(block[-1].bias)
+        if run.drawn != "all":
+            other = build(replace(run, scheme="default", bias="default", drawn="all", last=1.0))
+            for layer, twin in zip(model.modules(), other.modules(), strict=True):
+                if isinstance(layer, nn.Linear if run.drawn == "convolutions" else nn.Conv2d):
+                    layer.load_state_dict(twin.state_dict())
+        for parameter in model[-1].parameters():
+            parameter *= run.last
+    # The faster order of the numbers in memory, by a sixth
+    return model.to(memory_format=torch.channels_last)
+
+
+@cache
+def _data(name: str) -> mnist.MNISTSplits:
+    return getattr(mnist, f"load_{name}")()
+
+
+def _optimizer(run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """Return the optimizer of a run, and the schedule that is to follow each of its steps."""
+    settings: dict[str, Any] = {"lr": run.rate, "fused": True}
+    if run.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
+    elif run.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), eps=run.eps, **settings)
+    else:
+        settings |= {"eps": run.eps, "weight_decay": run.weight_decay}
+        optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    if run.clip < math.inf:
+
+        def clip(*_: Any) -> None:
+            nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+
+        optimizer.register_step_pre_hook(clip)
+
+    def factor(done: int) -> float:
+        if done < run.warmup:
+            return (done + 1) / run.warmup
+        turn = (done - run.warmup) / (run.steps - run.warmup)
+        return (1 + math.cos(math.pi * turn)) / 2 if run.cosine else 1.0
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train one network as `run` says, on one thread, and return its record.
+
+    The record has the fields of `Run`, `diverged` (whether a loss was not finite), `signal` and
+    `grad_rms` before the first step (see `look`), `step_90` (the first multiple of 25 steps after
+    which the share `goal` of 2,000 validation pictures is recognised; None if never), the
+    accuracies on the 10,000 validation and the 10,000 test pictures at the end, and at steps 1, 2,
+    4 ... the loss of the batch before the step and the accuracy on the 2,000 pictures after it.
+
+    Example:
+        >>> record = train(Run(depth=2, steps=2))
+        >>> record["diverged"], record["step_90"], round(record["loss_1"], 1)
+        (False, None, 2.3)
+    """
+    data, threads = _data(run.data), torch.get_num_threads()
+    x, y = data.x_valid[:LOOK_PICTURES], data.y_valid[:LOOK_PICTURES]
+    torch.set_num_threads(1)
+    try:
+        model = build(run)
+        record = asdict(run) | dict.fromkeys(COLUMNS[len(RUN) :])
+        record["signal"], record["grad_rms"] = look(model, x[:500], y[:500])
+        optimizer, schedule = _optimizer(run, model)
+
+        def ended() -> bool:
+            return run.steps > 3 * EPOCH and record["step_90"] is not None
+
+        def after(step: int) -> bool:
+            schedule.step()
+            if step in LOOKS:
+                record[f"valid_{step}"] = accuracy(model, x, y, 250)
+            look_now = record["step_90"] is None and step % LOOK_EVERY == 0
+            if look_now and _is_at(run.goal, model, x, y):
+                record["step_90"] = step
+            return ended()
+
+        losses = fit(
+            model,
+            data.x_train,
+            data.y_train,
+            optimizer=optimizer,
+            steps=run.steps,
+            batch_size=BATCH,
+            # Not the generator of the weights: all inits see the same order
+            generator=Generator().manual_seed(run.seed),
+            after=after,
+        )
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        record["diverged"] = len(finite) < run.steps and not ended()
+        record |= {f"loss_{k}": losses[k - 1] for k in LOOKS if k <= len(finite)}
+        record["valid_accuracy"] = accuracy(model, data.x_valid, data.y_valid, 250)
+        record["test_accuracy"] = accuracy(model, data.x_test, data.y_test, 250)
+    finally:
+        torch.set_num_threads(threads)
+    return record
+
+
+def look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return what a look at the start shows, in training mode; `model` is left as it is.
+
+    The signal of the logits: their standard deviation across inputs, as in `trace`. And the rms of
+    the gradient of the cross-entropy with respect to the first layer's weight.
+    """
+    probe = copy.deepcopy(model)
+    logits = probe(x)
+    nn.functional.cross_entropy(logits, y).backward()
+    gradient = next(probe.parameters()).grad
+    signal = logits.detach().double().var(0).mean().sqrt()
+    return signal.item(), gradient.double().square().mean().sqrt().item()
+
+
+def _is_at(goal: float, model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Tell whether the share `goal` of all pictures is recognised."""
+    # For time: with less than a fifth of so many first ones it is impossible
+    first = round((1 - goal) / 0.8 * len(x))
+    if accuracy(model, x[:first], y[:first], 250) < 0.2:
+        return False
+    return accuracy(model, x, y, 250) >= goal

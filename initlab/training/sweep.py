@@ -1,0 +1,152 @@
+"""Many runs, in processes or on a Dask cluster, into a record that grows row by row."""
+
+import argparse
+import io
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pandas as pd
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from initlab.training.plan import plan
+from initlab.training.record import HEADER, RUN, Run, parse, read, runs_of, to_line
+from initlab.training.run import train
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[io.FileIO]:
+    """Open a record to read and append, for one process alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Not a lock of the record itself, which Windows would let nobody read
+        with FileLock(f"{path}.lock", timeout=0), path.open("ab+", buffering=0) as file:
+            yield file
+    except Timeout:
+        raise RuntimeError(f"{path}: another sweep is writing to it") from None
+
+
+def sweep(
+    runs: Iterable[Run],
+    path: str | os.PathLike[str],
+    jobs: int = 1,
+    dask: str | None = None,
+) -> pd.DataFrame:
+    """Train all `runs` that the record at `path` does not hold yet, and return the record.
+
+    Each finished run is appended as one row at once. Killed at any moment, the next call goes on:
+    it loses the runs that were under way, and a row that was cut short.
+
+    Args:
+        runs: All runs of the record, those done before included.
+        path: The CSV file; made if there is none.
+        jobs: Local processes.
+        dask: Address of a Dask scheduler whose workers train in place of local processes.
+
+    Returns:
+        One row a run, in the order of `runs`.
+
+    Raises:
+        RuntimeError: Another sweep is writing to the file.
+        ValueError: The file holds a damaged row, or a run that is not among `runs`; see `read`.
+    """
+    runs, path = list(dict.fromkeys(runs)), Path(path)
+    with _locked(path) as file, ExitStack() as stack:
+        done = set(runs_of(read(path, runs)))
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)  # what follows is a row cut short
+        if not whole:
+            file.write(f"{HEADER}\n".encode())
+        # The longest first, so that none is left alone at the end
+        left = sorted((run for run in runs if run not in done), key=_cost, reverse=True)
+        if dask is not None:
+            from distributed import Client  # not needed otherwise
+
+            stack.enter_context(Client(dask))
+            stack.enter_context(joblib.parallel_config(backend="dask"))
+        workers = joblib.Parallel(jobs if dask is None else None, return_as="generator_unordered")
+        work = sum(map(_cost, left))
+        bar = stack.enter_context(tqdm(total=work, unit_scale=True, unit="work", desc="sweep"))
+        for record in workers(joblib.delayed(train)(run) for run in left):
+            file.write(f"{to_line(record)}\n".encode())
+            os.fsync(file)
+            bar.update(_cost(Run(**{field: record[field] for field in RUN})))
+    record = read(path, runs)
+    place = {run: number for number, run in enumerate(runs_of(record))}
+    return record.iloc[[place[run] for run in runs]]
+
+
+def _cost(run: Run) -> int:
+    """Return the work of a run, in steps of one convolution of 16 channels, roughly."""
+    return run.steps * (run.depth + 2) * (1 if run.net == "linear" else run.width // 8)
+
+
+def add_command(commands: Any) -> None:
+    """Add `sweep` to the commands of `initlab`."""
+    command = commands.add_parser(
+        "sweep",
+        help="run the training experiment, or go on with it",
+        description="Train what the record does not hold yet, stage after stage.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument(
+        "--only",
+        nargs="+",
+        metavar="FIELD=VALUE",
+        default=[],
+        help="arms with these settings, as in: depth=8 optimizer=adamw norm=none",
+    )
+    command.add_argument("--jobs", type=int, default=os.cpu_count(), help="local processes")
+    command.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
+    command.add_argument("--out", type=Path, default=Path("runs.csv"), metavar="FILE")
+    command.add_argument("--slope", type=float, default=0.0, help="of every activation below 0")
+    command.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Sweep stage after stage, until the record is complete; return 2 for bad arguments."""
+    try:
+        only = dict(_setting(text) for text in args.only)
+        record = read(args.out) if args.out.exists() else None
+        runs = plan(record, args.slope, only)
+        if not runs:
+            raise ValueError("no arm of the plan has these settings")
+    except ValueError as error:
+        print(f"initlab sweep: {error}", file=sys.stderr)
+        return 2
+    while record is None or set(runs) != set(runs_of(record)):
+        print(f"{len(runs)} runs known, {_minutes(runs, record, args.jobs)}", file=sys.stderr)
+        record = sweep(runs, args.out, args.jobs, args.dask)
+        runs = plan(record, args.slope, only)
+    print(f"{args.out}: complete, {len(record)} runs")
+    return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Return the field and the value that `field=value` names."""
+    field, _, value = text.partition("=")
+    if field not in RUN:
+        raise ValueError(f"no setting {field!r}; known are {', '.join(RUN)}")
+    return field, parse(field, value)
+
+
+def _minutes(runs: Sequence[Run], record: pd.DataFrame | None, jobs: int) -> str:
+    """Say how long the runs that are left will take, by the speed of a short one."""
+    done = set() if record is None else set(runs_of(record))
+    left = [run for run in runs if run not in done]
+    if not left:  # a record of another plan, which sweep refuses
+        return "none to do"
+    trial = replace(left[0], steps=20)
+    train(replace(trial, steps=1))  # loads the data
+    start = time.perf_counter()
+    train(trial)
+    seconds = (time.perf_counter() - start) / _cost(trial) * sum(map(_cost, left)) / jobs
+    return f"{len(left)} to do: about {seconds / 60:.0f} minutes with {jobs} processes"
