@@ -12,7 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from initlab.training.fit import accuracy, fit
-from initlab.training.nets import Residual, conv_stack
+from initlab.training.nets import Decoder, FrozenStatistics, Reader, Residual, conv_stack
 
 
 def kinds(model):
@@ -96,7 +96,7 @@ def test_conv_stack_errors():
         conv_stack(0)
     with pytest.raises(ValueError, match="downsample <= depth"):
         conv_stack(1, downsample=2)
-    with pytest.raises(ValueError, match="unknown norm 'layer'; known are none, batch, group"):
+    with pytest.raises(ValueError, match="unknown norm 'layer'; known are none, batch, frozen, group"):
         conv_stack(1, norm="layer")
     with pytest.raises(ValueError, match="3 convolutions after the first 1 do not pair"):
         conv_stack(4, residual=True)
@@ -256,3 +256,57 @@ def test_a_slice_of_a_residual_adds_nothing():
     block, x = Residual(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3)
     assert torch.equal(block[:1](x), block[0](x))
     assert type(block[:1]) is nn.Sequential
+
+
+def test_separable_convolutions_and_other_activations():
+    model = conv_stack(3, 4, act=nn.GELU, norm="frozen", separable=True, downsample=2)
+    assert kinds(model) == (
+        ["Conv2d", "FrozenStatistics", "GELU"]
+        + ["Conv2d", "FrozenStatistics", "GELU", "Conv2d", "FrozenStatistics", "GELU"] * 2
+    )
+    assert [m.groups for m in model if isinstance(m, nn.Conv2d)] == [1, 4, 1, 4, 1]
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 4, 7, 7)
+
+
+def test_frozen_statistics_stay_as_they_are():
+    model, x = nn.Sequential(FrozenStatistics(3)).train(), 5 + torch.randn(8, 3, 4, 4)
+    torch.testing.assert_close(model(x), x / math.sqrt(1 + model[0].eps))
+    assert not model[0].running_mean.any()
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(("steps", "pieces"), [(28, 28), (98, 2)])
+def test_an_lstm_reads_the_picture_in_order(steps, pieces):
+    torch.manual_seed(0)
+    model, x = Reader(steps, 5, forget=1.0), torch.rand(3, 1, 28, 28)
+    gates = model.lstm.bias_ih_l0 + model.lstm.bias_hh_l0
+    assert torch.equal(gates[5:10], torch.ones(5))
+    assert gates[:5].count_nonzero() == 5
+    assert gates[10:].count_nonzero() == 10
+    rows = (
+        x[:, 0]
+        if steps == 28
+        else (x[:, 0, ::2, ::2] + x[:, 0, 1::2, ::2] + x[:, 0, ::2, 1::2] + x[:, 0, 1::2, 1::2]) / 4
+    )
+    hidden, _ = model.lstm(rows.reshape(3, steps, pieces))
+    torch.testing.assert_close(model(x), model.head(hidden[:, -1]))
+
+
+def test_a_decoder_sees_no_later_token_and_is_drawn_as_it_says():
+    torch.manual_seed(0)
+    model, x = Decoder(3, 16).eval(), torch.randint(11, (2, 32))
+    later = x.clone()
+    later[:, 20:] = (later[:, 20:] + 1) % 11
+    same = (model(x) - model(later)).abs().amax((0, 1))
+    assert (same[:4] < 1e-6).all()  # answers 16 to 19
+    assert (same[4:] > 1e-6).all()
+    layers = [block.linear1.weight for block in model.blocks]
+    assert not torch.equal(layers[0], layers[1])
+    for scaled, shrink in ((False, 1), (True, math.sqrt(6))):
+        model.draw_as_gpt2_(scaled)
+        for name in ("linear1.weight", "linear2.weight", "self_attn.in_proj_weight"):
+            weight = model.blocks[2].get_parameter(name)
+            std = 0.02 / (shrink if name == "linear2.weight" else 1)
+            assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel()))
+        assert not model.blocks[0].linear1.bias.any()
+        assert torch.equal(model.norm.weight, torch.ones(16))

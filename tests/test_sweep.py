@@ -28,6 +28,7 @@ SHORT = [
     Run(depth=4, width=8, steps=2, norm="batch", optimizer="adam", rate=1e-3),
     Run(net="linear", depth=2, width=8, steps=2, scheme="kaiming_normal", a=0.0, bias="zeros"),
     Run(net="residual", depth=4, width=8, steps=2, zeroed=True, slope=0.3),
+    Run(net="lstm", depth=28, width=8, steps=2, forget=1.0, optimizer="adamw", warmup=2),
 ]
 
 
@@ -87,7 +88,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
 def test_a_row_cut_short_is_done_again(record, tmp_path):
     path = tmp_path / "runs.csv"
     path.write_text(record[1].read_text()[:-40])
-    assert len(read(path)) == 3  # as the command reads it, to see what is left
+    assert len(read(path)) == len(SHORT) - 1  # as the command reads it, to see what is left
     assert sweep(SHORT, path).equals(sweep(SHORT, path))
     assert sorted(lines(path)) == sorted(lines(record[1]))
     path.write_text(lines(record[1])[0][:50])  # killed within the header
@@ -107,11 +108,11 @@ def test_two_sweeps_on_one_file(tmp_path):
     ("damage", "message"),
     [
         (lambda rows: [rows[0].replace("rate,", "lr,"), *rows[1:]], "line 1: not the header"),
-        (lambda rows: [*rows, rows[2]], r"line 6: Run\(.* stands there twice"),
+        (lambda rows: [*rows, rows[2]], r"line 7: Run\(.* stands there twice"),
         (lambda rows: [*rows[:2], rows[2][:30], *rows[3:]], "line 3: damaged .*cells, not"),
         (lambda rows: [*rows[:2], rows[2].replace(",8,", ",x,", 1), *rows[3:]], "line 3: damaged"),
         (lambda rows: [*rows[:2], "", *rows[2:]], "line 3: damaged"),
-        (lambda rows: [*rows, rows[2].replace("tune,", "final,")], "line 6: of another plan"),
+        (lambda rows: [*rows, rows[2].replace("tune,", "final,")], "line 7: of another plan"),
         (lambda rows: [rows[0], rows[1].replace("False", "no")], "line 2: damaged"),
     ],
 )
@@ -181,6 +182,33 @@ def test_parts_of_the_net_are_drawn_by_the_scheme():
         assert torch.equal(mixed[-1].weight, last[-1].weight)
         assert torch.equal(mixed[-1].bias, last[-1].bias)
     assert torch.equal(build(replace(kaiming, last=0.5))[-1].weight, whole[-1].weight / 2)
+
+
+def test_gains_and_schemes_of_the_remedies():
+    plain = Run(depth=3, scheme="kaiming_normal", a=1.0, bias="zeros", seed=3)
+    for layer, twin in zip(build(replace(plain, gain=1.5, act="gelu")), build(plain), strict=True):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert torch.equal(layer.weight, 1.5 * twin.weight)
+    wide = build(replace(plain, net="separable", mode="fan_out"))[2].weight  # depthwise: fan_in 9
+    assert 9 * wide.var().item() == pytest.approx(1 / 16, rel=5 * math.sqrt(2 / wide.numel()))
+    model, pictures = build(Run(scheme="lsuv", seed=1)), running._data("mnist").x_train[:500]
+    assert torch.equal(model[0].weight, build(Run(scheme="lsuv", seed=1))[0].weight)
+    for k in range(0, 16, 2):
+        assert model[: k + 1](pictures).std().item() == pytest.approx(1, abs=0.1)  # its tolerance
+    gpt = Run(net="gpt", depth=2, width=8, data="sort", seed=1)
+    drawn = {scheme: build(replace(gpt, scheme=scheme)) for scheme in ("default", "gpt2")}
+    assert drawn["default"].token.weight.std() > 0.5
+    assert drawn["gpt2"].token.weight.std() < 0.05
+
+
+def test_sequences_are_sorted():
+    data = running.sequences()
+    x, y = data.x_train, data.y_train
+    assert torch.equal(x[:, :16].sort(1).values, y)
+    assert (x[:, 16] == 10).all()
+    assert torch.equal(x[:, 17:], y[:, :-1])
+    found = train(Run(net="gpt", depth=1, width=8, data="sort", steps=2, goal=0.99))
+    assert 0 < found["test_accuracy"] < 1
 
 
 def test_schedules_and_clipping_move_the_weights_as_they_say():

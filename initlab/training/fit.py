@@ -22,10 +22,10 @@ def fit(
 ) -> list[float]:
     """Train the model, in training mode, and return the cross-entropy before each step.
 
-    `x` is `(n, ...)`, `y` `(n,)` int64, the model's output logits `(batch_size, classes)`. An epoch
-    is a new order of the inputs, cut into whole batches. All are drawn first, so that generators
-    seeded alike give the same batches and end alike, even if a run diverges: a loss that is not
-    finite is the last to be computed. The losses after the last computed one are `nan`.
+    `x` is `(n, ...)`, `y` `(n, ...)` int64, the model's output logits `(batch_size, classes, ...)`.
+    An epoch is a new order of the inputs, cut into whole batches. All are drawn first, so that
+    generators seeded alike give the same batches and end alike, even if a run diverges: a loss that
+    is not finite is the last to be computed. The losses after the last computed one are `nan`.
 
     Args:
         model: The network, trained in place.
@@ -75,10 +75,10 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
-    """Return the fraction of inputs whose largest logit is the one of their label.
+    """Return the fraction of labels whose logit is the largest.
 
-    `x` is `(n, ...)`, `y` `(n,)`. The model runs in evaluation mode and is put back in its own.
-    Logits that hold a `nan` are a wrong answer.
+    `x` is `(n, ...)`, `y` `(n, ...)`, logits are `(n, classes, ...)`. The model runs in evaluation
+    mode and is put back in its own. Logits that hold a `nan` are a wrong answer.
 
     Raises:
         ValueError: If `x` and `y` differ in length or are empty.
@@ -95,7 +95,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> 
             logits = model(inputs)
             # argmax alone would take a nan for the largest, and find class 0 at chance.
             right += int(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum())
-    return right / len(x)
+    return right / y.numel()
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
+from initlab.init import gain
 from initlab.training.record import EPOCH, Run, runs_of
 
 CHANCE = 0.2  # ten digits, the most common one 10.6 % of the validation pictures
@@ -61,6 +63,20 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         *(run for depth in (8, 16) for run in given(kaiming, 3.16e-2, depth=depth)),
     ]
     common = given(default, 1e-2, 1.78e-2, **blocks) + given(kaiming, 1.78e-2, 3.16e-2, **blocks)
+    # The default, the gain that torch has for it (or for a ReLU), and its own
+    gains = {
+        act: [
+            replace(default, act=act),
+            *(replace(kaiming, act=act, a=1.0, gain=round(g, 4)) for g in (near, gain(own))),
+        ]
+        for act, near, own in (("gelu", gain(0.0), nn.GELU()), ("tanh", 5 / 3, nn.Tanh()))
+    }
+    separable = [
+        replace(init, net="separable", mode=mode)
+        for init, mode in ((default, "fan_in"), (kaiming, "fan_in"), (kaiming, "fan_out"))
+    ]
+    reader = replace(default, net="lstm", depth=28, width=64, **adam)
+    gpt = Run(net="gpt", depth=4, width=64, data="sort", goal=0.99, steps=EPOCH, **modern)
     first = [
         arms(2, 4, 8),
         arms(8, **batch) + arms(8, **adam),
@@ -104,6 +120,14 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         arms(4, 8, 16, **fashion, **batch),
         arms(20, **fashion, **batch, **blocks),
         arms(8, width=64),
+        # Remedies
+        [replace(default, scheme="lsuv", a=0.0, bias="zeros", depth=depth) for depth in (8, 16)],
+        *([replace(arm, norm=norm) for arm in gains["gelu"]] for norm in ("none", "batch")),
+        *([replace(arm, norm=norm) for arm in gains["tanh"]] for norm in ("none", "batch")),
+        *([replace(arm, norm=norm) for arm in separable] for norm in ("batch", "frozen", "none")),
+        [reader, replace(reader, forget=1.0)],
+        [replace(reader, depth=98), replace(reader, depth=98, forget=1.0)],
+        [replace(gpt, scheme=scheme) for scheme in ("default", "gpt2", "gpt2_scaled")],
     ]
     return first + second
 

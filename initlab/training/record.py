@@ -21,12 +21,15 @@ class Run:
     Attributes:
         stage: "tune" chooses the rate, "final" is reported, "late" goes on to 20 epochs, "given"
             has a rate that was not tuned for it, and is reported, too.
-        net: "plain" or "residual" (convolutions), or "linear" (`nn.Linear` layers).
-        depth: Convolutions, or hidden linear layers.
+        net: "plain", "residual" or "separable" (convolutions), "linear" (`nn.Linear` layers),
+            "lstm" or "gpt"; see `initlab.training.nets`.
+        depth: Convolutions, hidden linear layers, steps that an LSTM reads, or blocks.
         width: Channels, or features.
-        norm: "none", "batch" or "group", after each convolution.
+        norm: "none", "batch", "frozen" or "group", after each convolution.
         slope: Negative slope of each activation; 0 is a ReLU.
-        scheme: Of the weights, as in `initialize_`.
+        scheme: Of the weights, as in `initialize_`, and "lsuv". "default" leaves an LSTM and a GPT
+            as PyTorch draws them; for the latter there are "gpt2", all matrices N(0, 0.02^2), and
+            "gpt2_scaled", those that end a branch by another 1 / sqrt(2 blocks).
         a: Negative slope that the scheme assumes; sqrt(5) gives n Var(w) = 1/3.
         bias: "default" or "zeros".
         zeroed: Whether the last convolution of each residual branch starts at 0.
@@ -34,8 +37,8 @@ class Run:
         rate: Learning rate, constant.
         seed: Of the weights and of the order of the pictures.
         steps: Steps of 128 pictures. A run of more than three epochs ends at its goal.
-        data: "mnist" or "fashion" (Fashion-MNIST).
-        goal: Share of the 2,000 validation pictures that `step_90` waits for.
+        data: "mnist", "fashion" (Fashion-MNIST) or "sort" (see `sequences`).
+        goal: Share of right answers to 2,000 validation inputs that `step_90` waits for.
         eps: Of Adam and AdamW.
         weight_decay: Of AdamW, for all parameters.
         warmup: Steps in which the rate grows in a line from 0 to `rate`.
@@ -44,6 +47,10 @@ class Run:
         drawn: Layers that the scheme draws: "all", or "convolutions" or "last", the linear layer;
             the others are those of the default with the same seed.
         last: Factor on the weight and bias of the last layer.
+        act: "relu" (of slope `slope`), "gelu" or "tanh".
+        gain: Of Kaiming's rule, in place of that of the slope `a`, if it is not 0.
+        mode: "fan_in" or "fan_out", in Kaiming's rule.
+        forget: Bias of an LSTM's forget gate; 0 leaves it as it is drawn.
     """
 
     stage: str = "tune"
@@ -69,6 +76,10 @@ class Run:
     clip: float = math.inf
     drawn: str = "all"
     last: float = 1.0
+    act: str = "relu"
+    gain: float = 0.0
+    mode: str = "fan_in"
+    forget: float = 0.0
 
 
 RUN = [field.name for field in fields(Run)]

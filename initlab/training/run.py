@@ -7,13 +7,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from lsuv import lsuv_with_singlebatch
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from initlab import mnist
 from initlab.init import gain, initialize_
 from initlab.training.fit import accuracy, fit
-from initlab.training.nets import Residual, conv_stack, dense_stack
+from initlab.training.nets import Decoder, Reader, Residual, conv_stack, dense_stack
 from initlab.training.record import BATCH, COLUMNS, EPOCH, LOOKS, RUN, Run
 
 LOOK_PICTURES, LOOK_EVERY = 2000, 25  # to find the first step at the goal
@@ -21,26 +22,42 @@ LOOK_PICTURES, LOOK_EVERY = 2000, 25  # to find the first step at the goal
 
 def build(run: Run) -> nn.Module:
     """Return the network of a run, initialised, in training mode."""
-    if run.net == "linear":
-        model = dense_stack(run.depth, run.width, slope=run.slope)
-    else:
-        model = conv_stack(
-            run.depth,
-            run.width,
-            slope=run.slope,
-            norm=run.norm,
-            residual=run.net == "residual",
-            downsample=2,
-            classes=10,
-            pooled=2,
-        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        if run.net == "lstm":
+            return Reader(run.depth, run.width, run.forget)
+        if run.net == "gpt":
+            model = Decoder(run.depth, run.width)
+            if run.scheme != "default":
+                model.draw_as_gpt2_(scaled=run.scheme == "gpt2_scaled")
+            return model
+        if run.net == "linear":
+            model = dense_stack(run.depth, run.width, slope=run.slope)
+        else:
+            model = conv_stack(
+                run.depth,
+                run.width,
+                slope=run.slope,
+                act={"gelu": nn.GELU, "tanh": nn.Tanh}.get(run.act),
+                norm=run.norm,
+                residual=run.net == "residual",
+                separable=run.net == "separable",
+                downsample=2,
+                classes=10,
+                pooled=2,
+            )
+        if run.scheme == "lsuv":
+            pictures = _data(run.data).x_train[:500]
+            lsuv_with_singlebatch(model, pictures, verbose=False)
+            return model.train().to(memory_format=torch.channels_last)
+    a = 1.0 if run.gain else run.a
     generator = Generator().manual_seed(run.seed)
-    initialize_(model, run.scheme, run.a, bias=run.bias, generator=generator)
+    initialize_(model, run.scheme, a, run.mode, run.bias, generator)
     with torch.no_grad():
-        if run.scheme.startswith(("xavier", "orthogonal")):  # which take no slope
+        if run.gain or run.scheme.startswith(("xavier", "orthogonal")):  # which take no slope
             for layer in model.modules():
                 if isinstance(layer, nn.Conv2d | nn.Linear):
-                    layer.weight *= gain(run.a)
+                    layer.weight *= run.gain or gain(run.a)
         for block in model.modules():
             if run.zeroed and isinstance(block, Residual):
                 nn.init.zeros_(block[-1].weight)
@@ -58,7 +75,25 @@ def build(run: Run) -> nn.Module:
 
 @cache
 def _data(name: str) -> mnist.MNISTSplits:
-    return getattr(mnist, f"load_{name}")()
+    return sequences() if name == "sort" else getattr(mnist, f"load_{name}")()
+
+
+def sequences(digits: int = 16) -> mnist.MNISTSplits:
+    """Return 70,000 sequences of digits to sort, split as MNIST is.
+
+    The inputs are `(n, 2 * digits)` int64: digits drawn evenly and independently, the token 10, and
+    the sorted digits but for the last. The labels are the sorted digits, `(n, digits)`.
+
+    Example:
+        >>> data = sequences(4)
+        >>> data.x_train.shape, data.y_test.shape
+        (torch.Size([50000, 8]), torch.Size([10000, 4]))
+    """
+    drawn = torch.randint(10, (70_000, digits), generator=Generator().manual_seed(0))
+    y = drawn.sort(1).values
+    x = torch.cat([drawn, torch.full_like(y[:, :1], 10), y[:, :-1]], 1)
+    train, valid, test = zip(*(v.split([50_000, 10_000, 10_000]) for v in (x, y)), strict=True)
+    return mnist.MNISTSplits(*train, *valid, 0.0, 1.0, *test)
 
 
 def _optimizer(run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler]:
@@ -81,7 +116,7 @@ def _optimizer(run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LRSch
     def factor(done: int) -> float:
         if done < run.warmup:
             return (done + 1) / run.warmup
-        turn = (done - run.warmup) / (run.steps - run.warmup)
+        turn = (done - run.warmup) / max(run.steps - run.warmup, 1)
         return (1 + math.cos(math.pi * turn)) / 2 if run.cosine else 1.0
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -86,7 +86,8 @@ def sweep(
 
 def _cost(run: Run) -> int:
     """Return the work of a run, in steps of one convolution of 16 channels, roughly."""
-    return run.steps * (run.depth + 2) * (1 if run.net == "linear" else run.width // 8)
+    each = {"linear": 1, "lstm": 1, "gpt": 14}.get(run.net, run.width // 8)
+    return run.steps * (run.depth + 2) * each
 
 
 def add_command(commands: Any) -> None:
