@@ -11,8 +11,8 @@ import torch
 from forks import FORKS
 from torch import nn
 
-from initlab import __main__ as command
 from initlab import sweep as engine
+from initlab.__main__ import main
 from initlab.net import Residual, accuracy, conv_stack
 from initlab.sweep import (
     FINAL_SEEDS,
@@ -272,14 +272,14 @@ def test_command_sweeps_until_the_record_is_complete(tmp_path, monkeypatch, caps
     first, second = SHORT[:1], SHORT[:2]
     monkeypatch.setattr(engine, "plan", lambda record, slope: first if record is None else second)
     path = tmp_path / "new" / "runs.csv"
-    args = command.parser.parse_args(["sweep", "--jobs", "1", "--out", str(path)])
-    assert args.func(args) == 0
+    args = ["sweep", "--jobs", "1", "--out", str(path)]
+    assert main(args) == 0
     assert capsys.readouterr().out == f"{path}: complete, 2 runs\n"
     assert len(read(path, second)) == 2
-    assert args.func(args) == 0  # nothing is left to do
+    assert main(args) == 0  # nothing is left to do
     monkeypatch.setattr(engine, "plan", lambda record, slope: first)
     with pytest.raises(ValueError, match="line 3: of another plan"):
-        args.func(args)
+        main(args)
 
 
 def test_looks_reach_over_the_long_runs():
