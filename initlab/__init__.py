@@ -1,32 +1,34 @@
 """Helpers of the notebooks on PyTorch's default initialisation of convolutions."""
 
-from initlab.init import fans, gain, initialize_
-from initlab.layer import draw, predict
-from initlab.mnist import MNISTSplits, load_mnist
-from initlab.moments import Drawn, Each, Moments, Predicted, Stats, stats
-from initlab.tracing import LayerTrace, Problem, Trace, trace
-from initlab.training.fit import accuracy, fit
-from initlab.training.nets import conv_stack
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Drawn",
-    "Each",
-    "LayerTrace",
-    "MNISTSplits",
-    "Moments",
-    "Predicted",
-    "Problem",
-    "Stats",
-    "Trace",
-    "accuracy",
-    "conv_stack",
-    "draw",
-    "fans",
-    "fit",
-    "gain",
-    "initialize_",
-    "load_mnist",
-    "predict",
-    "stats",
-    "trace",
-]
+__version__ = "0.1.0"
+
+# The public names by module. A module is imported when one of its names is first asked for, so
+# that nobody waits for what is not used; none has the name of one of them
+_MODULES = {
+    "initlab.draws": ["draw"],
+    "initlab.init": ["fans", "gain", "initialize_"],
+    "initlab.mnist": ["Splits", "load_fashion", "load_mnist"],
+    "initlab.moments": [
+        *("Drawn", "DrawnMoments", "Each", "Predicted", "PredictedMoments", "Stats", "stats"),
+    ],
+    "initlab.prediction": ["predict"],
+    "initlab.tracing": ["LayerTrace", "Problem", "Trace", "trace"],
+    "initlab.training.fit": ["accuracy", "fit"],
+    "initlab.training.nets": ["conv_stack"],
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,16 +1,36 @@
-"""`python -m initlab sweep` and `python -m initlab trace`."""
+"""The command `initlab`, or `python -m initlab`."""
 
 import argparse
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 
-from initlab import tracing
-from initlab.training import sweep
+from initlab import __version__
 
-parser = argparse.ArgumentParser(prog="python -m initlab")
-commands = parser.add_subparsers(required=True)
-sweep.add_command(commands)
-tracing.add_command(commands)
+COMMANDS = {
+    "sweep": ("initlab.training.sweep", "run the training experiment, or go on with it"),
+    "trace": ("initlab.tracing", "say what is wrong with the init of a network"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name, those of the shell by default.
+
+    The module of that command alone is imported: its `add_command` tells the arguments it takes,
+    and sets `func`, which is called with them and returns the exit code.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="initlab", description=f"initlab {__version__}")
+    parser.add_argument("--version", action="version", version=f"initlab {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, (module, about) in COMMANDS.items():
+        if name in given[:1]:
+            import_module(module).add_command(commands)
+        else:
+            commands.add_parser(name, help=about)
+    args = parser.parse_args(given)
+    return args.func(args)
+
 
 if __name__ == "__main__":
-    args = parser.parse_args()
-    sys.exit(args.func(args))
+    sys.exit(main())

@@ -9,7 +9,6 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules.conv import _ConvNd  # the only common base of the six (transposed) convs
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -18,6 +17,14 @@ Scheme = Literal[
 ]
 Mode = Literal["fan_in", "fan_out"]
 Bias = Literal["keep", "zeros", "default"]
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 Activation = Callable[[Tensor], Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -139,7 +146,7 @@ def initialize_(
         >>> print(f"{net[2].weight.std() * fans(net[2].weight)[0] ** 0.5:.1f}, {gain(0.0):.1f}")
         1.4, 1.4
     """
-    known("bias", bias, get_args(Bias))
+    check_known("bias", bias, get_args(Bias))
     draw_ = weight_rule(scheme, a, mode)
     layers = layers_to_draw(module, scheme)
     generator = as_generator(generator, layers[0].weight.device)
@@ -148,7 +155,7 @@ def initialize_(
     return module
 
 
-def known(name: str, value: str, values: tuple[str, ...]) -> None:
+def check_known(name: str, value: str, values: tuple[str, ...]) -> None:
     """Raise a ValueError that lists the known `values` if `value` is none of them."""
     if value not in values:
         raise ValueError(f"unknown {name} {value!r}; known are {', '.join(values)}")
@@ -165,8 +172,8 @@ def as_generator(
 
 def weight_rule(scheme: Scheme, a: float | Activation, mode: Mode) -> Callable[..., Tensor]:
     """Return the initialiser of torch, to be called with a weight and `generator=`."""
-    known("scheme", scheme, get_args(Scheme))
-    known("mode", mode, get_args(Mode))
+    check_known("scheme", scheme, get_args(Scheme))
+    check_known("mode", mode, get_args(Mode))
     size = gain(a)
     if scheme == "default":
         return partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
@@ -189,7 +196,7 @@ def weight_rule(scheme: Scheme, a: float | Activation, mode: Mode) -> Callable[.
 
 def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
     """Return the Linear and convolution layers of `module`, or raise if one cannot be drawn."""
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear | _ConvNd)]
+    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
     if not layers:
         raise ValueError(f"{type(module).__name__} holds no Linear or convolution to initialise")
     for layer in layers:

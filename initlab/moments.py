@@ -53,18 +53,22 @@ def stats(x: Tensor) -> Stats:
     return Stats(x.mean().item(), std, x.square().mean().sqrt().item())
 
 
-class Moments(NamedTuple):
-    """Mean, std and rms of a layer's output, and how much each differs from draw to draw.
+def _with_sds(moments: "PredictedMoments | DrawnMoments") -> str:
+    pairs = zip(("mean", "std", "rms"), moments[:3], moments[3:6], strict=True)
+    return ", ".join(f"{name} {value:z.4f} ± {sd:.4f}" for name, value, sd in pairs)
+
+
+class DrawnMoments(NamedTuple):
+    """Mean, std and rms of a layer's output in several draws, and how much they differ.
 
     Attributes:
-        mean: The mean; of several draws, the mean of theirs.
-        std: The root of the variance (unbiased); of several draws, of their mean variance.
-        rms: The root of the mean square; of several draws, of their mean one.
-        mean_sd: Standard deviation of the mean of ONE draw; nan if only one was made.
-        std_sd: The same of the std.
+        mean: Mean of the draws' means.
+        std: Root of the mean of their variances (unbiased).
+        rms: Root of the mean of their mean squares.
+        mean_sd: Standard deviation of the means of the draws; nan if there is only one.
+        std_sd: The same of the stds.
         rms_sd: The same of the rms.
-        n: Number of draws; None for a prediction.
-        uniform: Whether this predicts weights that are uniform.
+        n: Number of draws.
     """
 
     mean: float
@@ -73,43 +77,48 @@ class Moments(NamedTuple):
     mean_sd: float
     std_sd: float
     rms_sd: float
-    n: int | None = None
-    uniform: bool = False
+    n: int
 
-    def __repr__(self) -> str:
-        return (
-            f"mean {self.mean:z.4f} ± {self.mean_sd:.4f}, std {self.std:.4f} ± {self.std_sd:.4f}, "
-            f"rms {self.rms:.4f} ± {self.rms_sd:.4f}"
-        )
+    __repr__ = _with_sds
 
-    def covers(self, measured: "Stats | Moments") -> bool:
+
+class PredictedMoments(NamedTuple):
+    """Mean, std and rms of a layer's output as predicted, and how much those of ONE draw stray.
+
+    Attributes are those of `DrawnMoments`, without `n`.
+    """
+
+    mean: float
+    std: float
+    rms: float
+    mean_sd: float
+    std_sd: float
+    rms_sd: float
+
+    __repr__ = _with_sds
+
+    def covers(self, measured: Stats | DrawnMoments) -> bool:
         """Say whether this prediction allows what was measured, on one draw or over several.
 
         Mean, std and rms must each lie within 5 sd / sqrt(n) of the predicted, n the number of
         draws (1 for `Stats`). A Gaussian number leaves 5 sd once in 1.7 million times: often enough
         to notice a wrong formula, too seldom to blame luck for any of this series' comparisons.
 
-        For uniform weights the mean may be off by 2 % more, and the std by what follows from that:
-        `predict` takes a sum of fan_in uniform numbers for Gaussian, which makes E|y| 0.5 % too low
-        on MNIST's 5x5 patches (8 % at fan_in = 1, which 2 % do not cover).
-
         Raises:
-            ValueError: This is no prediction, or `measured` is one.
+            TypeError: `measured` is neither `Stats` nor `DrawnMoments`.
 
         Example:
-            >>> predicted = Moments(0.0, 1.0, 1.0, 0.02, 0.05, 0.05)
+            >>> predicted = PredictedMoments(0.0, 1.0, 1.0, 0.02, 0.05, 0.05)
             >>> predicted.covers(Stats(0.0, 1.2, 1.2))
             True
-            >>> predicted.covers(Moments(0.0, 1.2, 1.2, 0.02, 0.05, 0.05, n=100))
+            >>> predicted.covers(DrawnMoments(0.0, 1.2, 1.2, 0.02, 0.05, 0.05, n=100))
             False
         """
+        if not isinstance(measured, Stats | DrawnMoments):
+            raise TypeError(f"only what was measured can be covered, got {measured!r}")
         n = getattr(measured, "n", 1)
-        if self.n is not None or n is None:
-            raise ValueError("a prediction covers what was measured: predicted.covers(drawn)")
-        allowed = 0.02 * abs(self.mean) if self.uniform else 0.0
-        more = allowed, allowed * abs(self.mean) / (self.std or 1.0), 0.0
-        numbers = zip(measured[:3], self[:3], self[3:6], more, strict=True)
-        return all(abs(m - told) <= 5 * sd / math.sqrt(n) + off for m, told, sd, off in numbers)
+        numbers = zip(measured[:3], self[:3], self[3:6], strict=True)
+        return all(abs(m - told) <= 5 * sd / math.sqrt(n) for m, told, sd in numbers)
 
 
 class Each(NamedTuple):
@@ -130,15 +139,13 @@ class Predicted:
         halves: float64 tensor (4,): E[y+], E[y-], E[y+^2], E[y-^2], over outputs and draws.
         covariance: float64 tensor (4, 4), between draws.
         count: Number of outputs that one draw averages over.
-        uniform: Whether the weights are uniform.
     """
 
     halves: Tensor
     covariance: Tensor
     count: int
-    uniform: bool = False
 
-    def at(self, slope: float | None = None) -> Moments:
+    def at(self, slope: float | None = None) -> PredictedMoments:
         """Return the moments before an activation, or after a leaky ReLU of that slope."""
         to_mean, to_square = _slope_vectors(slope)
         mean, square = (to_mean @ self.halves).item(), (to_square @ self.halves).item()
@@ -151,7 +158,7 @@ class Predicted:
         mean_sd, *sds = (math.sqrt(max(v, 0.0)) for v in variances)
         # A root r moves by half as much as r^2, over r
         sds = [sd / (2 * r) if r > 0 else 0.0 for sd, r in zip(sds, (std, rms), strict=True)]
-        return Moments(mean, std, rms, mean_sd, *sds, uniform=self.uniform)
+        return PredictedMoments(mean, std, rms, mean_sd, *sds)
 
     def scaled(self, factor: float) -> "Predicted":
         """Return what weights and bias `factor` > 0 times as large give."""
@@ -181,12 +188,12 @@ class Drawn:
         unbiased = self.count / max(self.count - 1, 1)
         return Each(mean, (unbiased * (square - mean**2).clamp_min(0)).sqrt(), square.sqrt())
 
-    def at(self, slope: float | None = None) -> Moments:
+    def at(self, slope: float | None = None) -> DrawnMoments:
         """Return the moments of all draws together, as predictions speak of them."""
         each, n = self.each(slope), len(self.halves)
         std, rms = (values.square().mean().sqrt().item() for values in each[1:])
         sds = (values.std().item() if n > 1 else math.nan for values in each)
-        return Moments(each.mean.mean().item(), std, rms, *sds, n=n)
+        return DrawnMoments(each.mean.mean().item(), std, rms, *sds, n=n)
 
     def scaled(self, factor: float) -> "Drawn":
         """Return what weights and bias `factor` > 0 times as large give."""

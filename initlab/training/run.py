@@ -74,11 +74,11 @@ def build(run: Run) -> nn.Module:
 
 
 @cache
-def _data(name: str) -> mnist.MNISTSplits:
+def _data(name: str) -> mnist.Splits:
     return sequences() if name == "sort" else getattr(mnist, f"load_{name}")()
 
 
-def sequences(digits: int = 16) -> mnist.MNISTSplits:
+def sequences(digits: int = 16) -> mnist.Splits:
     """Return 70,000 sequences of digits to sort, split as MNIST is.
 
     The inputs are `(n, 2 * digits)` int64: digits drawn evenly and independently, the token 10, and
@@ -93,7 +93,7 @@ def sequences(digits: int = 16) -> mnist.MNISTSplits:
     y = drawn.sort(1).values
     x = torch.cat([drawn, torch.full_like(y[:, :1], 10), y[:, :-1]], 1)
     train, valid, test = zip(*(v.split([50_000, 10_000, 10_000]) for v in (x, y)), strict=True)
-    return mnist.MNISTSplits(*train, *valid, 0.0, 1.0, *test)
+    return mnist.Splits(*train, *valid, 0.0, 1.0, *test)
 
 
 def _optimizer(run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler]:

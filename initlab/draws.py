@@ -1,0 +1,109 @@
+"""What a layer puts out at init: measured over many draws."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from initlab.init import Activation, Scheme, as_generator, layers_to_draw, redraw_, weight_rule
+from initlab.moments import Drawn
+from initlab.patches import count_positions, patches_of, windows_of
+
+BLOCK = 2**20  # outputs computed at a time, and weights held at a time: 4 MB in float32
+
+
+def draw(
+    x: Tensor,
+    layer: nn.Conv2d | nn.Linear,
+    scheme: Scheme,
+    a: float | Activation = 0.0,
+    bias: Literal["default", "zeros"] = "default",
+    n: int = 1000,
+    generator: Generator | int | None = None,
+) -> Drawn:
+    """Initialise `layer` anew `n` times and measure `layer(x)` each time, for every slope at once.
+
+    A draw is what `initialize_(layer, scheme, a, bias=bias, generator=generator)` makes of a layer
+    like this. Memory does not grow with `n`, but for the result. The work is done on the CPU.
+
+    Args:
+        x: As in `predict`.
+        layer: As in `predict`; left as it is.
+        scheme: As in `initialize_`.
+        a: As in `predict`.
+        bias: As in `predict`.
+        n: Number of draws.
+        generator: Source of the random numbers, or the seed of a new one; by default torch's
+            global one.
+
+    Raises:
+        ValueError: `n` < 1; else as `predict` raises it.
+        TypeError: As `predict` raises it.
+
+    Example:
+        >>> x = torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+        >>> conv = nn.Conv2d(1, 4, 3)
+        >>> from initlab import predict
+        >>> drawn = draw(x, conv, "default", n=500, generator=0)
+        >>> predict(x, conv, "default").at(0.0).covers(drawn.at(0.0)), drawn.each().rms.shape
+        (True, torch.Size([500]))
+    """
+    if n < 1:
+        raise ValueError(f"the number of draws n must be 1 or more, got {n}")
+    windows, conv = windows_of(x, layer, bias)
+    draw_ = weight_rule(scheme, a, "fan_in")
+    layers_to_draw(conv, scheme)  # raises, where torch would in the middle
+    generator = as_generator(generator)
+    filters, groups = conv.out_channels, conv.groups
+    count = count_positions(windows) * filters
+    at_once = max(1, min(n, 128, BLOCK // max(filters, conv.weight.numel())))
+    columns = max(1, BLOCK // (at_once * filters))
+    # One buffer for all outputs: fresh memory for each costs as much time as computing them
+    buffer = windows.new_empty(at_once * filters * columns)
+    halves = torch.empty(n, 4, dtype=torch.float64)
+    # A bar only for what takes longer than two seconds
+    with torch.no_grad(), tqdm(total=n, desc=f"draw {scheme}", unit="draw", delay=2) as bar:
+        for rows in halves.split(at_once):
+            k, weights = len(rows), []
+            for _ in range(k):
+                redraw_(conv, draw_, bias, generator)
+                shift = torch.zeros(filters) if conv.bias is None else conv.bias
+                weights.append(torch.cat([conv.weight.flatten(1), shift[:, None]], 1))
+            # All draws side by side: (groups, k * filters / groups, fan_in + 1)
+            weight = torch.stack(weights).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+            weight = weight.to(windows.dtype)
+            sums = torch.zeros(4, k, dtype=torch.float64)
+            for block in patches_of(windows):
+                # Nearly half of MNIST's 5x5 patches are one, black only: it is computed once
+                repeated = (block == block[:, :1]).all(0)
+                repeated[0] = False
+                repeats = repeated.sum()
+                block = block[:, ~repeated] if repeats else block
+                # A row of ones takes the bias: adding it by itself costs a pass over the outputs
+                block = F.pad(block.unflatten(0, (groups, -1)), (0, 0, 0, 1), value=1.0)
+                if repeats:
+                    sums += repeats * _half_sums((weight @ block[..., :1]).unflatten(1, (k, -1)))
+                for p in block.split(columns, 2):
+                    y = buffer[: k * filters * p.shape[2]].view(groups, -1, p.shape[2])
+                    torch.bmm(weight, p, out=y)
+                    sums += _half_sums(y.unflatten(1, (k, -1)))
+            rows.copy_(sums.T / count)
+            bar.update(k)
+    return Drawn(halves, count)
+
+
+def _half_sums(y: Tensor) -> Tensor:
+    """Return the sums (4, k) of y+, y-, y+^2, y-^2 of outputs y (groups, k, filters, positions).
+
+    Overwrites y. Each filter's positions are summed in the data's type, and those in float64.
+    """
+
+    def sums(v: Tensor) -> tuple[Tensor, Tensor]:
+        norm = torch.linalg.vector_norm(v, dim=3).double()
+        return v.sum(3).double().sum((0, 2)), norm.square().sum((0, 2))
+
+    mean, square = sums(y)
+    mean_above, square_above = sums(y.clamp_min_(0))
+    return torch.stack([mean_above, mean - mean_above, square_above, square - square_above])
