@@ -38,6 +38,19 @@ def show(figure: Figure, alt: str) -> None:
     plt.close(figure)
 
 
+def stored(*claims: bool) -> None:
+    """Print one line if a claim of the text does not hold with the values chosen; else nothing.
+
+    With the values stored all hold, so that the line is a change of the page's outputs.
+
+    Example:
+        >>> stored(1 < 2, 2 < 1)
+        The text here belongs to the values stored: with these, some of it does not hold.
+    """
+    if not all(claims):
+        print("The text here belongs to the values stored: with these, some of it does not hold.")
+
+
 class Table(pd.DataFrame):
     """A DataFrame that shows its floats with four decimals; the values stay as exact as they are.
 
