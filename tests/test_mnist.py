@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -16,12 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import FORKS
 from torchvision.datasets import MNIST
 
 from initlab import mnist
 from initlab.mnist import load_mnist
 
+FORKS = multiprocessing.get_context("spawn")
 DATA = Path(__file__).resolve().parents[1] / "data"
 PACKED = [name for name, _ in MNIST.resources]
 UNPACKED = [name.removesuffix(".gz") for name in PACKED]

@@ -2,13 +2,13 @@
 
 import itertools
 import math
+import multiprocessing
 import time
 from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
 import torch
-from forks import FORKS
 from torch import nn
 
 from initlab import __main__ as command
@@ -28,6 +28,7 @@ from initlab.sweep import (
     train,
 )
 
+FORKS = multiprocessing.get_context("spawn")
 SHORT = [
     Run(depth=2, width=8, steps=3, seed=4),
     Run(depth=4, width=8, steps=2, norm="batch", optimizer="adam", rate=1e-3),
