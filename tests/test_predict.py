@@ -5,11 +5,11 @@ alone through the layer gives all that the closed formulas speak of.
 """
 
 import math
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
-from forks import run_cells
 from layers import (
     PICTURE,
     SLOPES,
@@ -501,7 +501,8 @@ def test_memory():
         known = False
     if not known:
         pytest.skip("needs the peak memory in /proc/self/status, as Linux has it")
-    (out,) = run_cells([MEMORY], Path.cwd())
+    command = [sys.executable, "-W", "error", "-c", MEMORY]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     drawing, predicting = map(float, out.split())
     assert drawing < 50  # MiB
     assert predicting < 500  # about 250, most of it for the pairs of patches

@@ -23,6 +23,7 @@ from initlab.training.record import EPOCH, LOOKS, Run, read, runs_of, to_line
 from initlab.training.run import build, look, train
 from initlab.training.sweep import sweep
 
+FORKS = multiprocessing.get_context("spawn")
 SHORT = [
     Run(depth=2, width=8, steps=3, seed=4),
     Run(depth=4, width=8, steps=2, norm="batch", optimizer="adam", rate=1e-3),

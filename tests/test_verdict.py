@@ -1,11 +1,11 @@
-"""Verdicts on sound nets, on planted faults and on what is no fault. Counts: calibrate_verdict."""
+"""Verdicts on sound nets, on planted faults and on what is no fault. Counts: tools/calibrate."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
-from calibrate_verdict import FAULTS, dense, found, judge, kaiming, pooled, sound, stacks
+from calibrate import FAULTS, dense, found, judge, kaiming, pooled, sound, stacks
 from torch import nn
 
 from initlab import trace

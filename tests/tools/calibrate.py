@@ -1,6 +1,6 @@
 """How often `trace(...).problems()` is wrong: sound nets, and nets with a planted fault.
 
-`python tests/calibrate_verdict.py` counts on 200 sound draws and on each fault with 5 seeds. The
+`python tests/tools/calibrate.py` counts on 200 sound draws and on each fault with 5 seeds. The
 tests run a few of both.
 """
 

@@ -1,6 +1,6 @@
 """Write the README and the stored notebooks as HTML pages that need no network.
 
-    python tests/pages.py [--out html]
+    python tests/tools/pages.py [--out html]
 
 Nothing is executed. Formulas become MathML, pictures are part of their page, links to notebooks
 lead to their pages. Code cells that only check or draw are folded.
@@ -20,7 +20,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDED = {"check", "stored", "figure"}  # tags; a cell with a hidden source is folded too
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PAGES = {

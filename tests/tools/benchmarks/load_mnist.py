@@ -1,6 +1,6 @@
 """Time and peak memory of `load_mnist()` against the naive way to load the same.
 
-Run `python tests/benchmarks/load_mnist.py`; it exits with 1 if either ratio is above its limit.
+Run `python tests/tools/benchmarks/load_mnist.py`; it exits with 1 if a ratio is above its limit.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-RAW = Path(__file__).resolve().parents[2] / "data" / "MNIST" / "raw"
+RAW = Path(__file__).resolve().parents[3] / "data" / "MNIST" / "raw"
 PAIRS = 9
 LIMITS = {"seconds": 0.8, "peak": 0.5}
 

@@ -1,6 +1,6 @@
 """Time of `draw()` against the plain loop over draws and slopes, and its memory against n.
 
-Run `python tests/benchmarks/draw.py`; it exits with 1 if `draw` is not as many times faster
+Run `python tests/tools/benchmarks/draw.py`; it exits with 1 if `draw` is not as many times faster
 as it should be, or if 10,000 draws take more memory than 100.
 """
 
