@@ -1,15 +1,12 @@
 """The stacks layer by layer, and the training loop against one written out by hand."""
 
 import copy
-import functools
 import math
-import os
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from initlab.training.fit import accuracy, fit
 from initlab.training.nets import Decoder, FrozenStatistics, Reader, Residual, conv_stack
@@ -227,29 +224,6 @@ def test_lengths_must_agree(data):
         fit(None, x, y, optimizer=None, steps=1, batch_size=41, generator=generator())
     with pytest.raises(ValueError, match="0 inputs but 0 labels"):
         accuracy(nn.Flatten(), x[:0], y[:0])
-
-
-def fit_with_a_bar(data, label):
-    x, y = data
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"optimizer": sgd, "steps": 3, "batch_size": 8, "generator": generator()}
-    fit(model, x, y, **options, progress=label)
-
-
-@pytest.mark.parametrize("label", ["bar", None])
-def test_progress_bar(data, capsys, monkeypatch, label):
-    monkeypatch.setattr("initlab.training.fit.tqdm", functools.partial(tqdm, disable=False))
-    fit_with_a_bar(data, label)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert ("bar: 100%" in err) == bool(err) == bool(label)
-
-
-def test_progress_bar_is_silent_under_tqdm_disable(data, capsys):
-    assert os.environ["TQDM_DISABLE"] == "1"  # since before tqdm was imported
-    fit_with_a_bar(data, "bar")
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_slice_of_a_residual_adds_nothing():

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 
 def fit(
@@ -18,29 +17,15 @@ def fit(
     batch_size: int,
     generator: torch.Generator,
     after: Callable[[int], bool | None] | None = None,
-    progress: str | None = None,
 ) -> list[float]:
     """Train the model, in training mode, and return the cross-entropy before each step.
 
     `x` is `(n, ...)`, `y` `(n, ...)` int64, the model's output logits `(batch_size, classes, ...)`.
-    An epoch is a new order of the inputs, cut into whole batches. All are drawn first, so that
-    generators seeded alike give the same batches and end alike, even if a run diverges: a loss that
-    is not finite is the last to be computed. The losses after the last computed one are `nan`.
-
-    Args:
-        model: The network, trained in place.
-        x: Inputs.
-        y: Labels.
-        optimizer: Holds the parameters of `model`.
-        steps: Number of steps.
-        batch_size: Inputs a step.
-        generator: Source of the orders.
-        after: Called as `after(step)` after each step, counted from 1; `True` ends the training.
-        progress: Label of a progress bar; None, or `TQDM_DISABLE=1` in the environment when tqdm is
-            imported, shows none.
-
-    Raises:
-        ValueError: If `x` and `y` differ in length or hold less than a batch.
+    An epoch is a new order of the inputs, drawn from `generator` and cut into whole batches. All
+    are drawn first, so that generators seeded alike give the same batches and end alike. A loss
+    that is not finite ends the training, as does `after(step)`, called after each step from 1 on,
+    if it returns True; the losses not computed are `nan`. Raises a ValueError if `x` and `y` differ
+    in length or hold less than a batch.
 
     Example:
         >>> model, x = nn.Linear(1, 2), torch.linspace(-1, 1, 20)[:, None]
@@ -59,8 +44,7 @@ def fit(
     batches = [b for order in orders for b in order[: whole * batch_size].split(batch_size)][:steps]
     losses = [float("nan")] * steps
     with _mode(model, training=True):
-        # No explicit `disable`: it would override the environment variable.
-        for step, batch in enumerate(batches if progress is None else tqdm(batches, progress)):
+        for step, batch in enumerate(batches):
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
             losses[step] = loss.item()
             if not loss.isfinite():
@@ -78,10 +62,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> 
     """Return the fraction of labels whose logit is the largest.
 
     `x` is `(n, ...)`, `y` `(n, ...)`, logits are `(n, classes, ...)`. The model runs in evaluation
-    mode and is put back in its own. Logits that hold a `nan` are a wrong answer.
-
-    Raises:
-        ValueError: If `x` and `y` differ in length or are empty.
+    mode and is put back in its own. Logits that hold a `nan` are a wrong answer. Raises a
+    ValueError if `x` and `y` differ in length or are empty.
 
     Example:
         >>> accuracy(nn.Identity(), torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))

@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -98,19 +98,17 @@ def sequences(digits: int = 16) -> mnist.Splits:
 
 def _optimizer(run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Return the optimizer of a run, and the schedule that is to follow each of its steps."""
-    settings: dict[str, Any] = {"lr": run.rate, "fused": True}
-    if run.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
-    elif run.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), eps=run.eps, **settings)
-    else:
-        settings |= {"eps": run.eps, "weight_decay": run.weight_decay}
-        optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    make = {
+        "sgd": partial(torch.optim.SGD, momentum=0.9),
+        "adam": partial(torch.optim.Adam, eps=run.eps),
+        "adamw": partial(torch.optim.AdamW, eps=run.eps, weight_decay=run.weight_decay),
+    }[run.optimizer]
+    optimizer = make(model.parameters(), lr=run.rate, fused=True)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+
     if run.clip < math.inf:
-
-        def clip(*_: Any) -> None:
-            nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-
         optimizer.register_step_pre_hook(clip)
 
     def factor(done: int) -> float:
