@@ -64,12 +64,12 @@ def unpaired(a: ArrayLike, b: ArrayLike) -> Exact:
         >>> unpaired(range(8), range(10, 18)).p() == 2 / 12870
         True
     """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if not (len(a) and len(b)) or math.comb(len(a) + len(b), len(b)) > math.comb(16, 8):
-        raise ValueError(f"no exact test of {len(a)} and {len(b)} values")
+    a, b = _finite(a), _finite(b)
+    if math.comb(len(a) + len(b), len(b)) > math.comb(16, 8):
+        raise ValueError(f"no exact test of {len(a)} and {len(b)} values: too many")
     values, taken = np.concatenate([a, b]), _choices(len(a), len(b))
-    moved = (b.sum() - taken @ values) / taken[:, : len(a)].sum(1)
-    return _exact(b.mean() - a.mean(), values, moved)
+    moved = np.sort((b.sum() - taken @ values) / taken[:, : len(a)].sum(1))
+    return Exact(b.mean() - a.mean(), moved, 1e-12 * abs(values).max())
 
 
 @cache
@@ -80,10 +80,11 @@ def _choices(n: int, m: int) -> Array:
     return taken[:-1]
 
 
-def _exact(difference: float, values: Array, moved: Array) -> Exact:
-    if not np.isfinite(values).all():
-        raise ValueError("no exact test of values that are not finite")
-    return Exact(float(difference), np.sort(moved), 1e-12 * abs(values).max())
+def _finite(values: ArrayLike) -> Array:
+    values = np.asarray(values, float)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"no exact test of {values}")
+    return values
 
 
 def paired(d: ArrayLike) -> Exact:
@@ -96,11 +97,11 @@ def paired(d: ArrayLike) -> Exact:
         >>> paired(range(1, 9)).p() == 2 / 256
         True
     """
-    d = np.asarray(d, float)
-    if not 1 <= len(d) <= 14:
-        raise ValueError(f"no exact test of {len(d)} differences")
+    d = _finite(d)
+    if len(d) > 14:
+        raise ValueError(f"no exact test of {len(d)} differences: too many")
     flipped = np.array([*itertools.product((0, 1), repeat=len(d))])[1:]
-    return _exact(d.mean(), d, flipped @ d / flipped.sum(1))
+    return Exact(d.mean(), np.sort(flipped @ d / flipped.sum(1)), 1e-12 * abs(d).max())
 
 
 def holm(p: ArrayLike) -> Array:
@@ -129,7 +130,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, rounds: int = 9999) -> tuple[fl
     out; (nan, 1) if all are.
 
     Example:
-        >>> rank_correlation([range(9)], [range(9, 0, -1)])
+        >>> rank_correlation([range(20)], [range(20, 0, -1)])
         (-1.0, 0.0001)
     """
     x, y = (ranks(z) - (np.shape(z)[-1] + 1) / 2 for z in (x, y))
