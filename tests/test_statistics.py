@@ -229,7 +229,8 @@ def test_equal_is_said_as_often_as_promised():
     # The truth at the margin: then equal is a mistake. Twice as precise, it is as often made as
     # promised; as they are, the other side may forbid it
     wrong = [
-        sum(unpaired(s * a, s * b + 1).p_equal(margin) <= 0.05 for a, b in data) for s in (0.5, 1)
+        sum(unpaired(sd * a, sd * b + margin).p_equal(margin) <= 0.05 for a, b in data)
+        for sd in (0.5, 1)
     ]
     assert within(wrong[0], n, math.floor(0.05 * 12870) / 12870)
     assert wrong[1] <= wrong[0]
