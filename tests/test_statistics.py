@@ -79,6 +79,15 @@ def test_interval_ends_where_scipys_p_does(sizes, kind, confidence):
             assert scipys(a + end + outward, b) <= 1 - confidence + 1e-12
 
 
+def test_ties_are_seen_in_spite_of_rounding():
+    for seed in range(30):
+        a, b = values(seed, 5, 6, kind="ties")
+        whole, tenths = unpaired(a, b), unpaired(a / 10 + 0.3, b / 10 + 0.3)
+        assert whole.p() == tenths.p()
+        for margin in (1, 2):
+            assert whole.p_equal(margin) == tenths.p_equal(margin / 10)
+
+
 def test_too_few_for_an_interval():
     assert unpaired([1, 2], [4, 8]).interval() == (-math.inf, math.inf)
     assert paired([1, 2, 3, 4, 5]).interval() == (-math.inf, math.inf)
@@ -304,6 +313,14 @@ def test_compare_finds_what_was_planted():
     np.testing.assert_allclose(table["holm"], holm(table["p"]))
     # All three by rank alone: one init always first, or ties at the end only
     np.testing.assert_allclose(table["p time"], [6 / 12870] * 3)
+
+
+def test_a_sure_but_small_difference_is_called_equal():
+    groups = [(NET, ends(0.97, 2e-4)), (kaiming(NET), ends(0.973, 2e-4))]
+    rows = record(*((arm, {"test_accuracy": end, "step_90": [200] * 8}) for arm, end in groups))
+    row = compare(rows, {"small": NET}).loc["small"]
+    assert row["holm"] == 2 / 12870
+    assert row["verdict"] == "equal"
 
 
 def test_margin_and_confidence():
