@@ -10,9 +10,8 @@ import pandas as pd
 from torch import nn
 
 from initlab.init import gain
-from initlab.training.record import EPOCH, Run, runs_of
+from initlab.training.record import CHANCE, EPOCH, Run, runs_of
 
-CHANCE = 0.2  # ten digits, the most common one 10.6 % of the validation pictures
 RATES = (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1, 3.16e-1, 1.0, 3.16)
 ADAM = (1e-3, 3.16e-3, 1e-2)
 GRIDS = {"sgd": (1e-2, 3.16e-2, 1e-1), "adam": ADAM, "adamw": ADAM}
@@ -21,34 +20,43 @@ FIRST = 17  # parts of the first record
 THIRD_SEED, CLOSE = 2, 0.005  # in the second record, for two best rates as close as that
 
 
+def kaiming(network: Run) -> Run:
+    """Return the same network with Kaiming's init."""
+    return replace(network, scheme="kaiming_normal", a=network.slope, bias="zeros")
+
+
+def causes(network: Run) -> dict[str, Run]:
+    """Return a network with all inits tried, by n Var(w), shape and bias, and two others."""
+    three = (("1/3", math.sqrt(5)), ("2", network.slope)), ("uniform", "normal")
+    arms = {
+        f"{n_var}, {shape}, {bias}": replace(network, scheme=f"kaiming_{shape}", a=a, bias=bias)
+        for (n_var, a), shape, bias in itertools.product(*three, ("default", "zeros"))
+    }
+    arms["1/3, uniform, default"] = network  # as the record names it
+    arms["Xavier"] = replace(kaiming(network), scheme="xavier_normal", a=1.0)  # torch's gain
+    return arms | {"orthogonal": replace(kaiming(network), scheme="orthogonal")}
+
+
 def parts(slope: float = 0.0) -> list[list[Run]]:
     """Return the arms of each part of the experiment, as runs without a rate and a seed.
 
     What has the stage "given" is no arm but a run.
     """
     default = Run(slope=slope)
-    kaiming = replace(default, scheme="kaiming_normal", a=slope, bias="zeros")
+    kaimings = kaiming(default)
 
     def arms(*depths: int, **settings: Any) -> list[Run]:
-        inits = (default, kaiming)
-        return [replace(init, depth=d, **settings) for d in depths for init in inits]
+        both = (default, kaimings)
+        return [replace(init, depth=d, **settings) for d in depths for init in both]
 
     def optimized(**settings: Any) -> list[Run]:
         return [
             arm for optimizer in ("sgd", "adam") for arm in arms(8, optimizer=optimizer, **settings)
         ]
 
-    causes = [
-        replace(default, scheme=f"kaiming_{shape}", a=a, bias=bias)
-        for a in (math.sqrt(5), slope)
-        for shape in ("uniform", "normal")
-        for bias in ("default", "zeros")
-    ][1:-1]  # of the eight the first is the default, the last Kaiming's: both are arms already
-    causes += [
-        replace(kaiming, scheme="xavier_normal", a=1.0),  # gain 1: torch's own default
-        replace(kaiming, scheme="orthogonal"),
-    ]
-    leaky = [replace(default, slope=0.3), replace(kaiming, slope=0.3, a=0.3)]
+    inits = [*causes(default).values()]
+    others = inits[1:7] + inits[8:]  # the first is the default, the eighth Kaiming's: arms already
+    leaky = [replace(default, slope=0.3), kaiming(replace(default, slope=0.3))]
     adam, batch = {"optimizer": "adam"}, {"norm": "batch"}
 
     def given(init: Run, *rates: float, **settings: Any) -> list[Run]:
@@ -59,21 +67,21 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
     modern = {"optimizer": "adamw", "weight_decay": 0.05, "warmup": 100, "cosine": True}
     fashion = {"data": "fashion", "goal": 0.8}
     holes = [
-        *(run for init in causes[-2:] for run in given(init, 1e-2, depth=16)),
-        *(run for depth in (8, 16) for run in given(kaiming, 3.16e-2, depth=depth)),
+        *(run for init in others[-2:] for run in given(init, 1e-2, depth=16)),
+        *(run for depth in (8, 16) for run in given(kaimings, 3.16e-2, depth=depth)),
     ]
-    common = given(default, 1e-2, 1.78e-2, **blocks) + given(kaiming, 1.78e-2, 3.16e-2, **blocks)
+    common = given(default, 1e-2, 1.78e-2, **blocks) + given(kaimings, 1.78e-2, 3.16e-2, **blocks)
     # The default, the gain that torch has for it (or for a ReLU), and its own
     gains = {
         act: [
             replace(default, act=act),
-            *(replace(kaiming, act=act, a=1.0, gain=round(g, 4)) for g in (near, gain(own))),
+            *(replace(kaimings, act=act, a=1.0, gain=round(g, 4)) for g in (near, gain(own))),
         ]
         for act, near, own in (("gelu", gain(0.0), nn.GELU()), ("tanh", 5 / 3, nn.Tanh()))
     }
     separable = [
         replace(init, net="separable", mode=mode)
-        for init, mode in ((default, "fan_in"), (kaiming, "fan_in"), (kaiming, "fan_out"))
+        for init, mode in ((default, "fan_in"), (kaimings, "fan_in"), (kaimings, "fan_out"))
     ]
     reader = replace(default, net="lstm", depth=28, width=64, **adam)
     gpt = Run(net="gpt", depth=4, width=64, data="sort", goal=0.99, steps=EPOCH, **modern)
@@ -82,8 +90,8 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         arms(8, **batch) + arms(8, **adam),
         arms(16),
         # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
-        [causes[3], causes[2]],
-        causes[:2] + causes[4:],
+        [others[3], others[2]],
+        others[:2] + others[4:],
         optimized(net="linear", width=256),
         arms(2, 4, **adam),
         arms(2, 4, **batch),
@@ -95,13 +103,13 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         leaky if slope != 0.3 else [],
         arms(8, width=32),
         arms(2, 4, 8, 16, **adam, **batch),
-        [replace(arm, depth=16) for arm in causes],
+        [replace(arm, depth=16) for arm in others],
     ]
     second = [
         holes,
         [
-            *(replace(kaiming, drawn=layers) for layers in ("convolutions", "last")),
-            replace(kaiming, last=0.1),
+            *(replace(kaimings, drawn=layers) for layers in ("convolutions", "last")),
+            replace(kaimings, last=0.1),
         ],
         common,
         given(default, 1e-2, 1.78e-2, **late),

@@ -1,0 +1,344 @@
+"""What the record of the training experiment shows, by exact tests.
+
+Arms are selected by all fields of `Run`: what is not named has its default, so that the rows of
+later experiments in the same file never slip in.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from initlab.training.plan import causes, kaiming
+from initlab.training.record import CHANCE, LOOKS, RUN, Run
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The permutation test of a mean difference, by all rearrangements, for every assumed truth.
+
+    A rearrangement is as far out as what was seen, for a true difference d, if d is on one side of
+    the mean difference of what it moves: so `moved`, sorted, gives all p-values and the interval.
+    What is closer than `tie` is equal but for rounding. A d other than 0 shifts all values alike.
+    """
+
+    difference: float
+    moved: Array
+    tie: float
+
+    def _sides(self, d: float) -> tuple[float, float]:
+        """Return the p-values of a true difference of d or less, and of d or more."""
+        less = 1 + np.searchsorted(self.moved, d + self.tie, "right")
+        more = 1 + len(self.moved) - np.searchsorted(self.moved, d - self.tie)
+        return less / (1 + len(self.moved)), more / (1 + len(self.moved))
+
+    def p(self, d: float = 0.0) -> float:
+        """Return the two-sided p-value of a true difference d: twice the smaller side's."""
+        return float(min(1.0, 2 * min(self._sides(d))))
+
+    def p_equal(self, margin: float) -> float:
+        """Return the p-value of a true difference of `margin` or more, up or down."""
+        return float(max(self._sides(-margin)[0], self._sides(margin)[1]))
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the range of all d whose p-value is above 1 - `confidence`."""
+        out = math.floor((1 + len(self.moved)) * (1 - confidence) / 2 + 1e-9)
+        return (self.moved[out - 1], self.moved[-out]) if out else (-math.inf, math.inf)
+
+
+def unpaired(a: ArrayLike, b: ArrayLike) -> Exact:
+    """Test the difference of the means, b - a, of values of shapes `(n,)` and `(m,)`.
+
+    Of 0 and 1, in equal numbers, this is Fisher's exact test, of ranks Mann and Whitney's. Raises
+    a ValueError for infinite values, and more rearrangements than the 12,870 of 8 and 8.
+
+    Source: E. Pitman 1937; for the interval P. Garthwaite 1996.
+
+    Example:
+        >>> unpaired(range(8), range(10, 18)).p() == 2 / 12870
+        True
+    """
+    a, b = _finite(a), _finite(b)
+    if math.comb(len(a) + len(b), len(b)) > math.comb(16, 8):
+        raise ValueError(f"no exact test of {len(a)} and {len(b)} values: too many")
+    values, taken = np.concatenate([a, b]), _choices(len(a), len(b))
+    moved = np.sort((b.sum() - taken @ values) / taken[:, : len(a)].sum(1))
+    return Exact(b.mean() - a.mean(), moved, 1e-12 * abs(values).max())
+
+
+@cache
+def _choices(n: int, m: int) -> Array:
+    """Return all choices of m of n + m values, but for the last m, as rows of 0 and 1."""
+    taken = np.zeros((math.comb(n + m, m), n + m))
+    np.put_along_axis(taken, np.array([*itertools.combinations(range(n + m), m)]), 1, 1)
+    return taken[:-1]
+
+
+def _finite(values: ArrayLike) -> Array:
+    values = np.asarray(values, float)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"no exact test of {values}")
+    return values
+
+
+def paired(d: ArrayLike) -> Exact:
+    """Test the mean of at most 14 differences, shape `(n,)`, by all 2^n choices of their signs.
+
+    Of -1, 0 and 1, which say who changed sides, this is McNemar's exact test. Raises a ValueError
+    for infinite values, none, or more.
+
+    Example:
+        >>> paired(range(1, 9)).p() == 2 / 256
+        True
+    """
+    d = _finite(d)
+    if len(d) > 14:
+        raise ValueError(f"no exact test of {len(d)} differences: too many")
+    flipped = np.array([*itertools.product((0, 1), repeat=len(d))])[1:]
+    return Exact(d.mean(), np.sort(flipped @ d / flipped.sum(1)), 1e-12 * abs(d).max())
+
+
+def holm(p: ArrayLike) -> Array:
+    """Return p-values, shape `(n,)`, raised for n comparisons by the rule of S. Holm 1979.
+
+    Example:
+        >>> holm([0.01, 0.5, 0.02]).round(6).tolist()
+        [0.03, 0.5, 0.04]
+    """
+    order = np.argsort(p)
+    raised = np.asarray(p, float)[order] * np.arange(len(order), 0, -1)
+    return np.maximum.accumulate(raised).clip(max=1)[np.argsort(order)]
+
+
+def ranks(x: ArrayLike) -> Array:
+    """Return the ranks along the last axis; ties, as of several inf, share their mean."""
+    one, other = np.asarray(x)[..., :, None], np.asarray(x)[..., None, :]
+    return ((one > other).sum(-1) + (one >= other).sum(-1) + 1) / 2
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike, rounds: int = 9999) -> tuple[float, float]:
+    """Return Spearman's correlation within rows, pooled, and its two-sided p-value.
+
+    Both have shape `(rows, n)`. The p-value is of random permutations within rows, from a fixed
+    seed: its standard error is sqrt(p (1 - p) / rounds). A row that is constant in x or y is left
+    out; (nan, 1) if all are.
+
+    Example:
+        >>> rank_correlation([range(20)], [range(20, 0, -1)])
+        (-1.0, 0.0001)
+    """
+    x, y = (ranks(z) - (np.shape(z)[-1] + 1) / 2 for z in (x, y))
+    told, rng = x.any(1) & y.any(1), np.random.default_rng(0)
+    x, y = x[told], y[told]
+    size, seen = math.sqrt((x**2).sum() * (y**2).sum()), (x * y).sum()
+    others = np.array([(x * rng.permuted(y, axis=1)).sum() for _ in range(rounds)])
+    p = (1 + (abs(others) >= abs(seen) - 1e-9).sum()) / (1 + rounds)
+    return float(seen / size) if size else math.nan, float(p)
+
+
+# ---- The arms
+
+_final = partial(Run, stage="final")
+_WAYS = {"": {}, ", Adam": {"optimizer": "adam"}, ", BatchNorm": {"norm": "batch"}}
+_WAYS[", BatchNorm, Adam"] = _WAYS[", BatchNorm"] | _WAYS[", Adam"]
+_KINDS = {"GroupNorm": {"norm": "group"}, "residual": {"net": "residual"}}
+_KINDS["residual, zeroed"] = {"net": "residual", "zeroed": True}
+_KINDS["Linear"] = {"net": "linear", "width": 256}
+# The declared family: every network of the first record, here with the default
+FAMILY = {
+    **{f"{d} layers{w}": _final(depth=d, **_WAYS[w]) for w in _WAYS for d in (2, 4, 8, 16)},
+    **{f"8 layers, {k}{w}": _final(**_KINDS[k], **_WAYS[w]) for k in _KINDS for w in [*_WAYS][:2]},
+    "8 layers, slope 0.3": _final(slope=0.3),
+    "8 layers, 32 channels": _final(width=32),
+}
+
+
+def networks(record: pd.DataFrame) -> list[Run]:
+    """List the networks with final runs of both inits; of the first record they are `FAMILY`."""
+    rows = record.loc[record["stage"] == "final", RUN].assign(rate=Run.rate, seed=Run.seed)
+    arms = dict.fromkeys(Run(**row) for row in rows.to_dict("records"))
+    default = {name: getattr(Run, name) for name in ("scheme", "a", "bias")}
+    return [arm for arm in arms if arm == replace(arm, **default) and kaiming(arm) in arms]
+
+
+def select(record: pd.DataFrame, arm: Run) -> pd.DataFrame:
+    """Return the rows with all settings of `arm` but its rate and seed, sorted by these.
+
+    Raises a ValueError if there are none, or several final ones of a seed.
+    """
+    rows = record
+    for field in set(RUN) - {"rate", "seed"}:
+        rows = rows[rows[field] == getattr(arm, field)]
+    if rows.empty or (arm.stage == "final" and rows["seed"].duplicated().any()):
+        raise ValueError(f"none, or several of a seed, of {arm}")
+    return rows.sort_values(["rate", "seed"])
+
+
+def steps(rows: pd.DataFrame) -> Array:
+    """Return the first steps with 90 %, inf for a run that did not come there."""
+    return rows["step_90"].astype(float).fillna(math.inf).to_numpy()
+
+
+# ---- What the record shows
+
+
+def compare(
+    record: pd.DataFrame,
+    family: Mapping[str, Run] = FAMILY,
+    margin: float = 0.01,
+    confidence: float = 0.95,
+) -> pd.DataFrame:
+    """Compare the default with Kaiming's init in each network of a family, one row each.
+
+    The intervals suppose that one init shifts what the other gives; the p-values suppose nothing.
+    The columns: "rate" and "Kaiming rate", each the best; "default" and "Kaiming", mean test
+    accuracies, "from", "to" of their difference, Kaiming minus default, its exact "p", and that
+    raised, "holm"; "came" and "Kaiming came", runs that came to 90 %, and "fisher"; "p equal" of a
+    difference of `margin` or more, raised; "ratio" of the steps to 90 %, default by Kaiming, the
+    geometric mean over the seeds ("pairs") with which both came, its "slow from", "slow to"; "p
+    time" of the ranks of the steps, raised, where runs that did not come share the last place;
+    "verdict": "equal" if "p equal" is below 1 - `confidence`, else "differ" if "holm" is, else
+    "undecided".
+    """
+    found = {}
+    for name, network in family.items():
+        one, other = select(record, network), select(record, kaiming(network))
+        if one["seed"].tolist() != other["seed"].tolist():
+            raise ValueError(f"{name}: the two inits have other seeds")
+        ends = [rows["test_accuracy"].to_numpy() for rows in (one, other)]
+        times, test = np.stack([steps(one), steps(other)]), unpaired(*ends)
+        came, ratio = np.isfinite(times), (math.nan,) * 3
+        both, places = came.all(0), ranks(times.ravel()).reshape(2, -1)
+        if both.any():
+            logs = paired(np.log(times[0, both] / times[1, both]))
+            ratio = np.exp([logs.difference, *logs.interval(confidence)])
+        found[name] = (
+            *(one["rate"].iloc[0], other["rate"].iloc[0], *map(np.mean, ends)),
+            *(*test.interval(confidence), test.p(), test.p(), *came.sum(1), unpaired(*came).p()),
+            *(test.p_equal(margin), both.sum(), *ratio, unpaired(*places).p()),
+        )
+    columns = "rate,Kaiming rate,default,Kaiming,from,to,p,holm,came,Kaiming came,fisher,p equal"
+    columns = [*columns.split(","), "pairs", "ratio", "slow from", "slow to", "p time"]
+    table = pd.DataFrame.from_dict(found, orient="index", columns=columns)
+    for column in ("holm", "p equal", "p time"):
+        table[column] = holm(table[column])
+    differ = np.where(table["holm"] < 1 - confidence, "differ", "undecided")
+    return table.assign(verdict=np.where(table["p equal"] < 1 - confidence, "equal", differ))
+
+
+def multiplied(record: pd.DataFrame, depth: int, same_rate: bool = False) -> pd.DataFrame:
+    """Compare nets with the same nets whose weights are sqrt(6) times larger, seed by seed.
+
+    A seed draws the same weights with n Var(w) = 1/3 and 2, up to that factor, the same biases and
+    the same order of pictures. Paired are the final runs, each arm's at its own rate, or, if
+    `same_rate`, tuning and final runs at one rate. A row a shape and bias: how many "pairs", how
+    many came to 90 % with "1/3", with "2", only with 2 ("gained"), only with 1/3 ("lost"), and
+    McNemar's exact "p". That of "all" is of each seed's gains less losses: the rows share seeds.
+    """
+    arms, counts, changes = causes(_final(depth=depth)), {}, []
+    on, stages = (["rate", "seed"], ("tune", "final")) if same_rate else (["seed"], ("final",))
+    for name in [*arms][:4]:
+        third, two = (
+            pd.concat([select(record, replace(arms[n], stage=stage)) for stage in stages])
+            for n in (name, name.replace("1/3", "2"))
+        )
+        came = third.merge(two, on=on)[["step_90_x", "step_90_y"]].notna()
+        came.index = third.merge(two, on=on)["seed"]
+        change = came["step_90_y"].astype(int) - came["step_90_x"]
+        gained, lost = (change > 0).sum(), (change < 0).sum()
+        counts[name[5:]] = [len(came), *came.sum(), gained, lost, paired(change).p()]
+        changes.append(change)
+    columns = ["pairs", "1/3", "2", "gained", "lost", "p"]
+    counts["all"] = [*np.sum([*counts.values()], 0)[:-1].astype(int)]
+    counts["all"] += [paired(pd.concat(changes).groupby("seed").sum()).p()]
+    return pd.DataFrame.from_dict(counts, orient="index", columns=columns)
+
+
+def signal_and_time(record: pd.DataFrame, line: float = 1e-3) -> pd.DataFrame:
+    """Correlate the signal before the first step with the steps to 90 %, by ranks.
+
+    Of all plain arms with SGD and without a norm: over arms the medians of their final runs, within
+    arms the seeds. `line` parts the arms by their median signal; 0.001 was chosen when the runs had
+    been seen. Where "rho" is below 0, less signal comes later; p as in `rank_correlation`.
+    """
+    plain = [*list(FAMILY.values())[:4], *list(FAMILY.values())[-2:]]
+    arms = [
+        *plain,
+        *map(kaiming, plain),
+        *causes(_final(depth=8)).values(),
+        *causes(_final(depth=16)).values(),
+    ]
+    runs = [select(record, arm) for arm in dict.fromkeys(arms)]
+    x, y = np.stack([rows["signal"] for rows in runs]), np.stack([*map(steps, runs)])
+    middle, late, found = np.median(x, 1), np.median(y, 1), {}
+    low = middle < line
+    for where, some in (("all", low | ~low), ("above", ~low), ("below", low)):
+        found[f"over arms, {where}"] = some.sum(), *rank_correlation([middle[some]], [late[some]])
+        found[f"within arms, {where}"] = some.sum(), *rank_correlation(x[some], y[some])
+    return pd.DataFrame.from_dict(found, orient="index", columns=["arms", "rho", "p"])
+
+
+def died(record: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that had left chance and fell back to it, with finite losses.
+
+    Left means: above 0.13 of the 2,000 pictures after 100 steps or more (one digit is 0.11 of them
+    at most), or above 0.2 at any look. Looks are at powers of two: more may have left in between.
+    """
+    limits = [0.13 if step >= 100 else CHANCE for step in LOOKS]
+    left = (record[[f"valid_{step}" for step in LOOKS]] > limits).any(axis=1)
+    return record[left & (record["valid_accuracy"] < CHANCE) & ~record["diverged"]]
+
+
+def expectations(record: pd.DataFrame) -> pd.DataFrame:
+    """Tell of each thing expected before the first run whether it was kept, by the tests above.
+
+    "Trains" means that all runs come to 90 %. "undecided" is what the tests leave open.
+    """
+    table, said = compare(record), []
+    repairs = {w: [n for n in FAMILY if w in n] for w in ("BatchNorm", "GroupNorm", "residual")}
+    shallow, deep, adam = [*FAMILY][:2], [*FAMILY][2:4], [*FAMILY][4:8]
+    for group, names in ({"2 and 4 layers, SGD": shallow} | repairs).items():
+        verdicts = table["verdict"][names].value_counts()
+        apart = table["from"][names].gt(0.01) | table["to"][names].lt(-0.01)
+        kept = False if apart.any() else [*verdicts.index] == ["equal"] or None
+        found = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+        said.append((f"{group}: equal within 0.01", kept, found))
+    for group, names in ({"8 and 16 layers, SGD, Kaiming": deep, "Adam": adam} | repairs).items():
+        came = table.loc[names, ["Kaiming came", "came"][: 1 if names == deep else 2]].to_numpy()
+        said.append((f"{group}: trains", came.min() == 8, f"{came.sum()} of {8 * came.size} runs"))
+    ratio = (table["rate"] / table["Kaiming rate"])[shallow]
+    found = ", ".join(ratio.map("{:.2g} times Kaiming's".format))
+    said.append(("2 and 4 layers, SGD: the default's best rate is larger", ratio.min() > 1, found))
+    one, other = select(record, FAMILY["8 layers"]), select(record, kaiming(FAMILY["8 layers"]))
+    first, usual = steps(one).min(), np.median(steps(other))
+    found = f"the first at step {first:.0f}, Kaiming's median {usual:.0f}"
+    said.append(
+        ("8 layers, SGD: the default 300 steps late, or never", first >= 300 + usual, found)
+    )
+    chance = (select(record, FAMILY["16 layers"])["test_accuracy"] < CHANCE).sum()
+    said.append(("16 layers, SGD: the default at chance", chance == 8, f"{chance} of 8 runs"))
+    found = "steps, default by Kaiming: " + ", ".join(table["ratio"][adam].map("{:.2f}".format))
+    said.append(("Adam: the default is later", table["ratio"][adam].min() > 1, found))
+    for depth in (8, 16):
+        arms = {
+            tuple(name.split(", ")): arm for name, arm in [*causes(_final(depth=depth)).items()][:8]
+        }
+        came = {name: steps(select(record, arm)) < math.inf for name, arm in arms.items()}
+        p = [
+            paired(sum(((b in name) - (a in name)) * runs for name, runs in came.items())).p()
+            for a, b in (("1/3", "2"), ("uniform", "normal"), ("default", "zeros"))
+        ]
+        what = f"{depth} layers, SGD: the variance counts, not shape nor bias"
+        said.append((what, p[0] < 0.05 <= min(p[1:]), "p = {:.3f}, {:.2f}, {:.2f}".format(*p)))
+    for how, (_, rho, p) in signal_and_time(record).iterrows():
+        kept = rho < 0 if p < 0.05 else None
+        said.append((f"SGD, {how}: less signal, later", kept, f"rho {rho:+.2f}, p {p:.4f}"))
+    words = ["undecided" if kept is None else "kept" if kept else "failed" for _, kept, _ in said]
+    return pd.DataFrame(said, columns=["expected", "outcome", "found"]).assign(outcome=words)

@@ -1,0 +1,363 @@
+"""What the README and the pages say of the training record, without a kernel."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from initlab.training.record import CHANCE, Run, read
+from initlab.training.statistics import (
+    FAMILY,
+    causes,
+    compare,
+    died,
+    expectations,
+    kaiming,
+    multiplied,
+    networks,
+    select,
+    signal_and_time,
+    steps,
+)
+
+FINAL, DEEP = Run(stage="final"), Run(stage="final", depth=16)
+
+RECORD = read(Path(__file__).resolve().parents[1] / "data" / "training" / "runs.csv")
+FIRST = RECORD.iloc[:1070]  # the first record; later ones are appended
+TABLE = compare(RECORD)
+EQUAL = [
+    *("4 layers", "4 layers, Adam", "8 layers, Adam"),
+    *(f"{depth} layers, BatchNorm" for depth in (4, 8, 16)),
+    *(f"{depth} layers, BatchNorm, Adam" for depth in (4, 8, 16)),
+    *("8 layers, GroupNorm", "8 layers, GroupNorm, Adam"),
+    *("8 layers, residual, Adam", "8 layers, residual, zeroed, Adam"),
+]
+DIFFER = ["8 layers", "16 layers", "16 layers, Adam", "8 layers, residual", "8 layers, Linear"]
+DIFFER += ["8 layers, slope 0.3", "8 layers, 32 channels"]
+
+
+def late(arm):
+    return select(RECORD, replace(arm, stage="late", steps=7800))
+
+
+def both(name):
+    return [select(RECORD, arm) for arm in (FAMILY[name], kaiming(FAMILY[name]))]
+
+
+def accuracies(name):
+    return [rows["test_accuracy"] for rows in both(name)]
+
+
+def medians(name):
+    return [float(np.median(steps(rows))) for rows in both(name)]
+
+
+def at_chance(rows):
+    return (rows["test_accuracy"] < CHANCE).sum()
+
+
+# ---- The family
+
+
+def test_the_family_is_every_network_of_the_first_record():
+    assert set(networks(FIRST)) == set(FAMILY.values())
+    assert len(FAMILY) == 26
+    assert compare(FIRST).equals(TABLE)
+
+
+def test_verdicts():
+    verdicts = TABLE.groupby("verdict").groups
+    assert sorted(verdicts["equal"]) == sorted(EQUAL)
+    assert sorted(verdicts["differ"]) == sorted(DIFFER)
+    assert TABLE["holm"][DIFFER].max() < 0.013
+    # The default's best run is below Kaiming's worst: the smallest p there is
+    for name in ("16 layers", "16 layers, Adam", "8 layers, slope 0.3", "8 layers, 32 channels"):
+        default, other = accuracies(name)
+        assert default.max() < other.min()
+    assert TABLE["p"][["8 layers", *DIFFER[1:3], *DIFFER[5:]]].tolist() == [2 / 12870] * 5
+
+
+# From, to (Kaiming minus default), as the table for the practitioner gives them
+INTERVALS = {
+    "2 layers": (-0.012, 0.008),
+    "4 layers": (-0.006, 0.005),
+    "8 layers": (0.37, 0.86),
+    "16 layers": (0.84, 0.86),
+    "8 layers, slope 0.3": (0.01, 0.58),
+    "8 layers, 32 channels": (0.07, 0.68),
+    "8 layers, Linear": (0.005, 0.014),
+    "8 layers, Adam": (-0.002, 0.008),
+    "16 layers, Adam": (0.01, 0.33),
+    "8 layers, BatchNorm": (-0.006, 0.004),
+    "8 layers, BatchNorm, Adam": (-0.008, -0.001),
+    "8 layers, GroupNorm": (-0.007, 0.002),
+    "8 layers, residual": (-0.015, -0.005),
+}
+
+
+@pytest.mark.parametrize("name", INTERVALS)
+def test_intervals(name):
+    digits = 2 if TABLE["to"][name] > 0.1 else 3
+    found = TABLE.loc[name, ["from", "to"]].astype(float).round(digits)
+    assert found.tolist() == pytest.approx(INTERVALS[name])
+
+
+# Default by Kaiming: the ratio of the steps to 90 %, and its interval
+RATIOS = {
+    "2 layers": (1.14, 0.88, 1.51),
+    "4 layers": (1.81, 1.52, 2.13),
+    "8 layers, Adam": (1.74, 1.52, 1.93),
+    "16 layers, Adam": (3.19, 2.43, 5.00),
+    "8 layers, Linear": (5.98, 5.14, 7.02),
+    "8 layers, Linear, Adam": (1.98, 1.62, 2.33),
+    "8 layers, residual": (0.66, 0.54, 0.81),
+}
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_ratios_of_times(name):
+    found = TABLE.loc[name, ["ratio", "slow from", "slow to"]].astype(float).round(2)
+    assert found.tolist() == list(RATIOS[name])
+
+
+def test_who_is_late():
+    slower = TABLE.index[(TABLE["p time"] < 0.05) & (TABLE["p time"].index != "8 layers, residual")]
+    assert sorted(slower) == sorted(
+        [
+            *("4 layers", "8 layers", "16 layers", "8 layers, Adam", "16 layers, Adam"),
+            *("8 layers, Linear", "8 layers, Linear, Adam"),
+            *("8 layers, slope 0.3", "8 layers, 32 channels"),
+        ]
+    )
+    assert TABLE["p time"]["8 layers, residual"] < 0.05  # where Kaiming's init is late
+    assert TABLE["p time"]["4 layers, Adam"] > 0.05
+    for name in FAMILY:
+        if "Norm" in name:
+            default, other = medians(name)
+            assert 0.5 < default / other < 2, name
+
+
+MEDIANS = {
+    "2 layers": [225, 187.5],
+    "4 layers": [300, 150],
+    "8 layers, Adam": [225, 125],
+    "16 layers, Adam": [500, 162.5],
+    "8 layers, Linear": [575, 100],
+}
+
+
+@pytest.mark.parametrize("name", MEDIANS)
+def test_median_steps(name):
+    assert medians(name) == MEDIANS[name]
+
+
+@pytest.mark.parametrize("name", ["4 layers", "8 layers", "16 layers", "8 layers, Adam"])
+def test_later_with_every_seed(name):
+    default, other = map(steps, both(name))
+    assert (default > other).all()
+
+
+MEANS = {
+    "2 layers": [0.956, 0.954],
+    "4 layers": [0.975, 0.975],
+    "8 layers, Adam": [0.976, 0.979],
+    "8 layers, Linear": [0.958, 0.967],
+    "8 layers, BatchNorm": [0.984, 0.983],
+    "8 layers, BatchNorm, Adam": [0.985, 0.981],
+    "8 layers, GroupNorm": [0.980, 0.977],
+    "8 layers, residual": [0.983, 0.973],
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_mean_accuracies(name):
+    found = [accuracy.mean() for accuracy in accuracies(name)]
+    assert found == pytest.approx(MEANS[name], abs=0.00055)
+
+
+def test_at_chance():
+    found = {name: [int(at_chance(rows)) for rows in both(name)] for name in FAMILY}
+    assert (found["8 layers"], found["16 layers"]) == ([6, 0], [8, 0])
+    assert found["8 layers, slope 0.3"] == found["8 layers, 32 channels"] == [2, 0]
+    default = accuracies("8 layers")[0].sort_values().tolist()
+    assert np.round(default[:5], 4).tolist() == [0.1135] * 5
+    assert 0.18 < default[5] < 0.195
+    assert 0.7 < default[6] < 0.8
+
+
+def test_where_all_learn_the_means_are_close():
+    learned = [n for n in FAMILY if min(accuracy.min() for accuracy in accuracies(n)) > 0.9]
+    assert (TABLE["Kaiming"] - TABLE["default"])[learned].abs().max() < 0.0105
+    assert len(learned) == 20
+
+
+def test_best_rates():
+    for name in FAMILY:
+        for arm in (FAMILY[name], kaiming(FAMILY[name])):
+            tuned = select(RECORD, replace(arm, stage="tune"))
+            mean, best = tuned.groupby("rate")["valid_accuracy"].mean(), select(RECORD, arm)["rate"]
+            assert best.nunique() == 1
+            assert mean.index[0] < best.iloc[0] < mean.index[-1]
+            assert mean[best.iloc[0]] == mean.max()
+    rates = {name: [rows["rate"].iloc[0] for rows in both(name)] for name in FAMILY}
+    assert rates["2 layers"] == [0.1, 0.1]
+    assert rates["4 layers"] == [0.0316, 0.0316]
+    assert rates["8 layers"] == rates["16 layers"] == [0.0316, 0.01]
+    # The default ends ahead, but the two have other rates
+    assert rates["8 layers, residual"] == [0.0316, 0.01]
+    assert rates["8 layers, BatchNorm"] == [0.0316, 0.1]
+    for depth in (8, 16):
+        tuned = select(RECORD, Run(depth=depth))
+        assert (tuned["valid_accuracy"] < CHANCE).all()
+        assert tuned["rate"].nunique() == 5
+        tuned = select(RECORD, kaiming(Run(depth=depth)))
+        assert (tuned[tuned["rate"] == 0.0316]["valid_accuracy"] < CHANCE).sum() == 1
+
+
+# ---- What in the init does it
+
+
+def test_the_variance():
+    eight, sixteen = multiplied(RECORD, 8), multiplied(RECORD, 16)
+    counts = ["pairs", "1/3", "2", "gained", "lost"]
+    assert eight.loc["all", counts].tolist() == [32, 5, 32, 27, 0]
+    assert sixteen.loc["all", counts].tolist() == [32, 0, 31, 31, 0]
+    assert eight["p"]["all"] == sixteen["p"]["all"] == 2 / 2**8  # all eight seeds, no less
+    # The default itself, times sqrt(6)
+    assert eight.loc["uniform, default", counts].tolist() == [8, 1, 8, 7, 0]
+    assert sixteen.loc["uniform, default", counts].tolist() == [8, 0, 8, 8, 0]
+    # At one rate none is lost either
+    assert multiplied(RECORD, 8, same_rate=True).loc["all", counts].tolist() == [48, 4, 44, 40, 0]
+    assert multiplied(RECORD, 16, same_rate=True).loc["all", counts].tolist() == [32, 0, 20, 20, 0]
+
+
+def test_each_cause_at_8_layers():
+    times = {name: steps(select(RECORD, arm)) for name, arm in causes(FINAL).items()}
+    third, two = ([t for name, t in times.items() if name.startswith(v)] for v in ("1/3", "2"))
+    assert np.min(third) == 750
+    assert [np.median(t) for t in two] == [312.5, 287.5, 162.5, 212.5]
+    assert (np.median(times["Xavier"]), np.isinf(times["Xavier"]).sum()) == (512.5, 1)
+    assert (np.median(times["orthogonal"]), np.isinf(times["orthogonal"]).sum()) == (287.5, 0)
+
+
+def test_each_cause_at_16_layers():
+    arms = causes(DEEP)
+    for name in [*[*arms][:4], "Xavier"]:
+        assert at_chance(select(RECORD, arms[name])) == 8
+        assert (select(RECORD, replace(arms[name], stage="tune"))["valid_accuracy"] < CHANCE).all()
+    for name in [*arms][4:8]:
+        assert at_chance(select(RECORD, arms[name])) == (name == "2, normal, default")
+    orthogonal = select(RECORD, arms["orthogonal"])
+    assert np.isinf(steps(orthogonal)).sum() == 4
+    assert at_chance(orthogonal) == 3
+    # Two of these had left chance and fell back to it
+    assert died(orthogonal)["seed"].tolist() == [13, 16]
+
+
+def test_20_epochs():
+    eight, sixteen = causes(FINAL), causes(DEEP)
+    times = [steps(late(eight[name])) for name in [*eight][:4]]
+    came = np.concatenate(times)[np.isfinite(np.concatenate(times))]
+    assert (len(came), came.min(), came.max(), (came > 1170).sum()) == (10, 600, 3775, 8)
+    assert [np.isfinite(t).sum() for t in times] == [2, 4, 2, 2]
+    assert not any(np.isfinite(steps(late(sixteen[name]))).any() for name in [*sixteen][:4])
+    xavier = late(sixteen["Xavier"])
+    assert xavier.groupby("rate")["step_90"].count().to_dict() == {0.01: 2, 0.0316: 0}
+    assert steps(xavier)[xavier["rate"] == 0.01].tolist() == [1850, 1175]
+
+
+def test_one_late_run_had_left_chance_and_died():
+    rows = died(FIRST[FIRST["stage"] == "late"])
+    assert len(rows) == 1
+    row = rows.iloc[0]
+    third = causes(FINAL)["1/3, normal, zeros"]
+    assert (row["depth"], row["scheme"], row["a"], row["bias"]) == (
+        *(8, third.scheme, third.a, third.bias),
+    )
+    assert (row["rate"], row["seed"], row["valid_1024"]) == (0.0316, 21, 0.154)
+    assert row["valid_2048"] == row["valid_4096"] == 0.1025  # one digit
+
+
+# ---- A look at the start
+
+
+def test_signal_and_time():
+    table = signal_and_time(RECORD)
+    assert table["arms"].tolist() == [28, 28, 17, 17, 11, 11]
+    expected = {"over arms, all": -0.88, "over arms, above": -0.73, "within arms, below": -0.47}
+    # The other way: within an arm above the line more signal comes later
+    expected |= {"within arms, above": 0.31}
+    for name, rho in expected.items():
+        assert round(table["rho"][name], 2) == rho
+        assert 6 * table["p"][name] < 0.01  # six correlations
+    assert table["p"][["within arms, all", "over arms, below"]].min() > 0.05
+
+
+def test_the_line_at_a_thousandth():
+    arms = [*(FAMILY[n] for n in FAMILY), *causes(FINAL).values(), *causes(DEEP).values()]
+    plain = [a for a in arms if (a.net, a.norm, a.optimizer) == ("plain", "none", "sgd")]
+    plain = dict.fromkeys([*plain, *(kaiming(a) for a in plain if a.scheme == "default")])
+    rows = [select(RECORD, arm) for arm in plain]
+    signal, time = np.stack([r["signal"] for r in rows]), np.stack([*map(steps, rows)])
+    low, came = signal < 1e-3, np.isfinite(time)
+    assert ((low.sum(), (low & came).sum()), ((~low).sum(), (~low & came).sum())) == (
+        *((88, 13), (136, 130)),
+    )
+    eight = [n for n, arm in enumerate(plain) if arm.depth == 8 and low[n].all()]
+    larger = np.argsort(np.argsort(signal[eight])) >= 4
+    assert [int((came[eight] & half).sum()) for half in (larger, ~larger)] == [10, 3]
+    dense = select(RECORD, FAMILY["8 layers, Linear"])
+    assert round(dense["signal"].median(), 4) == 2e-4
+    assert np.isfinite(steps(dense)).all()
+    assert np.isfinite(steps(select(RECORD, FAMILY["16 layers, Adam"]))).sum() == 6
+
+
+# ---- What repairs it
+
+
+def test_adam_and_shortcuts():
+    found = accuracies("16 layers, Adam")[0].sort_values().round(3).tolist()
+    assert found == [0.114, 0.872, 0.939, 0.948, 0.96, 0.964, 0.966, 0.969]
+    default, other = both("8 layers, residual")
+    assert round(default["signal"].median(), 3) == 0.017
+    assert round(other["signal"].median(), 2) == 0.89
+    tuned = select(RECORD, kaiming(replace(FAMILY["8 layers, residual"], stage="tune")))
+    assert tuned[tuned["rate"] == 0.0316]["diverged"].all()
+    for rows, end in zip(both("8 layers, residual, zeroed"), (0.981, 0.982), strict=True):
+        assert rows["diverged"].sum() == 1
+        assert round(rows[~rows["diverged"]]["test_accuracy"].mean(), 3) == end
+
+
+def test_what_was_expected():
+    said = expectations(RECORD).set_index("expected")["outcome"]
+    failed = [
+        "Adam: trains",
+        "residual: trains",
+        "2 and 4 layers, SGD: the default's best rate is larger",
+        "Adam: the default is later",
+        "SGD, within arms, above: less signal, later",
+    ]
+    open_ = [
+        "2 and 4 layers, SGD: equal within 0.01",
+        "BatchNorm: equal within 0.01",
+        "residual: equal within 0.01",
+        "SGD, within arms, all: less signal, later",
+        "SGD, over arms, below: less signal, later",
+    ]
+    assert said.index[said == "failed"].tolist() == failed
+    assert said.index[said == "undecided"].tolist() == open_
+    assert (said == "kept").sum() == 21 - 10
+
+
+def test_what_was_expected_follows_the_record():
+    never = expectations(RECORD.assign(step_90=pd.NA).astype({"step_90": "Int64"}))
+    assert (never["outcome"][never["expected"].str.endswith(": trains")] == "failed").all()
+    spread = 0.97 + 1e-5 * RECORD["seed"]
+    alike = expectations(RECORD.assign(test_accuracy=spread)).set_index("expected")["outcome"]
+    assert (alike[alike.index.str.endswith("equal within 0.01")] == "kept").all()
+    assert alike["16 layers, SGD: the default at chance"] == "failed"
+    gap = 0.05 * (RECORD["scheme"] == "default")
+    apart = expectations(RECORD.assign(test_accuracy=spread - gap)).set_index("expected")["outcome"]
+    assert (apart[apart.index.str.endswith("equal within 0.01")] == "failed").all()
