@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def soups(folder):
-    return {page.name: BeautifulSoup(page.read_text(), "html.parser") for page in folder.glob("*")
-            if page.suffix == ".html"}  # fmt: skip
+    texts = {name: (folder / name).read_text(encoding="utf8") for name in pages.PAGES.values()}
+    return {name: BeautifulSoup(text, "html.parser") for name, text in texts.items()}
 
 
 each_page = pytest.mark.parametrize("page", pages.PAGES.values())
@@ -133,14 +133,15 @@ def looked_at(htmls, folder):
     All in one browser, whose start takes longer than a page.
     """
     probe = folder / "probe.html"
-    probe.write_text(PROBE.format("".join(FRAME.format(escape(html)) for html in htmls)))
+    frames = "".join(FRAME.format(escape(html)) for html in htmls)
+    probe.write_text(PROBE.format(frames), encoding="utf8")
     options = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"]
     options += ["disable-background-networking", "disable-component-update", "disable-sync"]
     options += ["hide-scrollbars"]
     options += [f"user-data-dir={folder / 'profile'}", "enable-logging=stderr", "dump-dom"]
     options += ["host-resolver-rules=MAP * ~NOTFOUND"]
     command = [CHROMIUM, *(f"--{option}" for option in options), probe.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf8", timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return json.loads(BeautifulSoup(done.stdout, "html.parser").title.text), console
 
@@ -148,7 +149,8 @@ def looked_at(htmls, folder):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser(folder, tmp_path):
     names = list(pages.PAGES.values())
-    said, console = looked_at([(folder / name).read_text() for name in names], tmp_path)
+    htmls = [(folder / name).read_text(encoding="utf8") for name in names]
+    said, console = looked_at(htmls, tmp_path)
     assert dict(zip(names, said, strict=True)) == {name: [360, 360, []] for name in names}
     assert console == []
 

@@ -98,7 +98,7 @@ def css() -> str:
         for style in ("xcode", "github-dark")
     )
     dark = f"@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
-    return f"{light}\n{dark}\n{Path(__file__).with_suffix('.css').read_text()}"
+    return f"{light}\n{dark}\n{Path(__file__).with_suffix('.css').read_text(encoding='utf8')}"
 
 
 def localize(html: str, source: Path, out: Path) -> str:
@@ -133,7 +133,8 @@ def read(path: Path) -> nbformat.NotebookNode:
     """Read a notebook, or a text as a notebook of one cell."""
     if path.suffix == ".ipynb":
         return nbformat.read(path, as_version=4)
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text())])
+    cell = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf8"))
+    return nbformat.v4.new_notebook(cells=[cell])
 
 
 def write(out: Path) -> list[Path]:
@@ -152,7 +153,7 @@ def write(out: Path) -> list[Path]:
     for path, notebook in notebooks.items():
         resources = {"title": titles[path], "links": links, "css": css()}
         html, _ = exporter.from_notebook_node(notebook, resources)
-        (out / PAGES[path]).write_text(localize(html, path, out))
+        (out / PAGES[path]).write_text(localize(html, path, out), encoding="utf8")
     return [out / page for page in PAGES.values()]
 
 

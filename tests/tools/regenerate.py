@@ -8,32 +8,22 @@ A figure cell tagged `imgs/NAME.png` also becomes that file.
 
 import base64
 import os
-import platform
 import sys
 from pathlib import Path
 
 import nbformat
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.kernelspec import get_kernel_dict
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 
-# What JupyterLab writes when it opens a notebook, and so no change to the file
+# What JupyterLab writes into a notebook that it opens: then it leaves the file as it is
+SPEC = get_kernel_dict()
 METADATA = {
-    "kernelspec": {
-        "display_name": "Python 3 (ipykernel)",
-        "language": "python",
-        "name": "python3",
-    },
-    "language_info": {
-        "codemirror_mode": {"name": "ipython", "version": 3},
-        "file_extension": ".py",
-        "mimetype": "text/x-python",
-        "name": "python",
-        "nbconvert_exporter": "python",
-        "pygments_lexer": "ipython3",
-        "version": platform.python_version(),
-    },
+    "kernelspec": {"name": "python3"} | {key: SPEC[key] for key in ("display_name", "language")},
+    "language_info": IPythonKernel.language_info,
 }
 
 
@@ -43,13 +33,14 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
 
 def pictures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
     """Return the figures that also stand under imgs/, by file name, as PNG bytes."""
-    found = {}
-    for cell in notebook.cells:
-        for tag in tags(cell):
-            if tag.startswith("imgs/"):
-                (png,) = (o.data["image/png"] for o in cell.outputs if "image/png" in o.data)
-                found[tag.removeprefix("imgs/")] = base64.b64decode(png)
-    return found
+    return {
+        tag.removeprefix("imgs/"): base64.b64decode(output.data["image/png"])
+        for cell in notebook.cells
+        for tag in tags(cell)
+        if tag.startswith("imgs/")
+        for output in cell.outputs
+        if "image/png" in output.data
+    }
 
 
 def regenerate(path: Path) -> None:
