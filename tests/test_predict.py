@@ -10,24 +10,55 @@ import sys
 
 import pytest
 import torch
-from layers import (
-    PICTURE,
-    SLOPES,
-    close,
-    correlated,
-    every_layer,
-    every_type,
-    generator,
-    responses,
-)
 from torch import nn
 from torch.nn import functional
 
 from initlab import draw, gain, initialize_, load_mnist, predict
-from initlab import prediction as module
+from initlab import layer as module
+
+LAYERS = {
+    "5x5": (lambda **kw: nn.Conv2d(1, 6, 5, **kw), (3, 1, 9, 8)),
+    "strided": (lambda **kw: nn.Conv2d(3, 4, 3, stride=2, padding=2, **kw), (2, 3, 7, 6)),
+    "uneven": (lambda **kw: nn.Conv2d(2, 3, (2, 3), (1, 2), (0, 1), **kw), (2, 2, 5, 8)),
+    "grouped": (lambda **kw: nn.Conv2d(4, 6, 3, groups=2, **kw), (2, 4, 6, 6)),
+    "depthwise": (lambda **kw: nn.Conv2d(3, 6, 3, groups=3, padding=1, **kw), (2, 3, 5, 5)),
+    "1x1": (lambda **kw: nn.Conv2d(5, 3, 1, **kw), (2, 5, 3, 4)),
+    "7x7": (lambda **kw: nn.Conv2d(2, 3, 7, padding=3, **kw), (2, 2, 7, 7)),
+    "dilated": (lambda **kw: nn.Conv2d(2, 3, 3, dilation=2, **kw), (2, 2, 8, 7)),
+    "same": (lambda **kw: nn.Conv2d(2, 3, (4, 3), padding="same", **kw), (2, 2, 6, 5)),
+    "no bias": (lambda **kw: nn.Conv2d(1, 4, 3, bias=False, **kw), (3, 1, 6, 6)),
+    "Linear": (lambda **kw: nn.Linear(6, 4, **kw), (9, 6)),
+}
+every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+SLOPES = (0.0, 0.3, 1.0, 1.5)
 
 # That torch's own padding="same" copies the picture is no concern of the comparison
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def correlated(shape, dtype=torch.float64):
+    """Return neighbours that are alike, in channels of different means."""
+    x = torch.randn(shape, dtype=torch.float64, generator=generator())
+    x = x + 0.8 * x.roll(1, -1) + torch.linspace(-0.5, 1, shape[1]).view(-1, *[1] * len(shape[2:]))
+    return x.to(dtype)
+
+
+def responses(x, layer):
+    """Return what each weight adds to the outputs of its filter: (groups, fan_in, outputs)."""
+    groups, n = getattr(layer, "groups", 1), layer.weight[0].numel()
+    ones = torch.eye(n, dtype=torch.float64)
+    if isinstance(layer, nn.Linear):
+        y = functional.linear(x.double(), ones)
+    else:
+        ones = ones.view(n, *layer.weight.shape[1:]).repeat(groups, 1, 1, 1)
+        options = layer.stride, layer.padding, layer.dilation, groups
+        y = functional.conv2d(x.double(), ones, None, *options)
+    return y.transpose(0, 1).reshape(groups, n, -1)
 
 
 def weight_std(layer, scheme, a):
@@ -41,6 +72,139 @@ def weight_std(layer, scheme, a):
 def bias_bound(layer, bias):
     has_one = layer.bias is not None and bias == "default"
     return 1 / math.sqrt(layer.weight[0].numel()) if has_one else 0.0
+
+
+def close(value, rel):
+    return pytest.approx(float(value), rel=rel, abs=0)
+
+
+# Draws ------------------------------------------------------------------------------------------
+
+
+@every_layer
+@every_type
+@pytest.mark.parametrize(
+    ("scheme", "bias"), [("kaiming_normal", "default"), ("orthogonal", "zeros"), ("default",) * 2]
+)
+def test_draws_are_those_of_initialize_(make, shape, dtype, scheme, bias):
+    x, layer = correlated(shape, dtype), make(dtype=dtype)
+    drawn = draw(x, layer, scheme, a=0.5, bias=bias, n=3, generator=generator(7))
+    g = generator(7)
+    # Sums of a few hundred terms: some tens of roundings
+    off = 100 * torch.finfo(dtype).eps
+    for i in range(3):
+        initialize_(layer, scheme, a=0.5, bias=bias, generator=g)
+        with torch.no_grad():
+            out = layer(x)
+        assert drawn.count == out.numel()
+        for slope in SLOPES:
+            y = functional.leaky_relu(out, slope).double()
+            each, rms = drawn.each(slope), y.square().mean().sqrt().item()
+            # A mean and a std are differences of numbers as large as the rms
+            assert each.mean[i].item() == pytest.approx(y.mean().item(), rel=0, abs=off * rms)
+            assert each.std[i].item() == pytest.approx(y.std().item(), rel=0, abs=off * rms)
+            assert each.rms[i].item() == close(rms, off)
+
+
+def test_drawn_moments():
+    drawn = draw(correlated((2, 1, 5, 5)), nn.Conv2d(1, 2, 3), "default", n=4, generator=0)
+    assert drawn.halves.shape == (4, 4)
+    assert drawn.halves.dtype == torch.float64
+    moments, each = drawn.at(0.3), drawn.each(0.3)
+    assert moments.n == 4
+    assert all(type(value) is float for value in moments[:6])
+    for name in ("mean", "std", "rms"):
+        assert getattr(each, name).shape == (4,)
+        assert getattr(moments, name + "_sd") == getattr(each, name).std().item()
+    assert moments.mean == close(each.mean.mean(), 1e-14)
+    assert moments.std**2 == close(each.std.square().mean(), 1e-14)
+    assert moments.rms**2 == close(each.rms.square().mean(), 1e-14)
+    assert drawn.at() == drawn.at(1.0)
+    assert all(torch.equal(*pair) for pair in zip(drawn.each(), drawn.each(1.0), strict=True))
+
+
+def test_one_draw_has_no_sd():
+    moments = draw(correlated((2, 3)), nn.Linear(3, 2), "default", n=1).at(0.0)
+    assert moments.n == 1
+    assert all(math.isnan(sd) for sd in moments[3:6])
+
+
+def test_one_output_has_no_variance():
+    layer = nn.Linear(3, 1)
+    assert draw(torch.ones(1, 3), layer, "default", n=2).each().std.tolist() == [0.0, 0.0]
+    assert predict(torch.ones(1, 3), layer, "default").at().std == 0.0
+
+
+def test_draw_leaves_the_layer_and_the_data_alone():
+    x, layer = correlated((2, 1, 6, 6), torch.float32), nn.Conv2d(1, 3, 3, padding=1)
+    kept = [t.detach().clone() for t in (x, layer.weight, layer.bias)]
+    draw(x, layer, "kaiming_normal", n=3)
+    predict(x, layer, "kaiming_normal")
+    assert all(torch.equal(*pair) for pair in zip(kept, (x, layer.weight, layer.bias), strict=True))
+    assert layer.padding == (1, 1)
+
+
+def test_no_graph():
+    x, layer = correlated((2, 1, 6, 6)).requires_grad_(), nn.Conv2d(1, 3, 3, padding=1)
+    assert not draw(x, layer, "default", n=2).halves.requires_grad
+    predicted = predict(x, layer, "default")
+    assert not predicted.halves.requires_grad
+    assert not predicted.covariance.requires_grad
+
+
+@pytest.mark.parametrize("scheme", ["default", "kaiming_normal", "orthogonal"])
+def test_draws_are_reproducible(scheme):
+    x, layer = correlated((2, 1, 6, 6)), nn.Conv2d(1, 3, 3)
+    state = torch.get_rng_state()
+    first, again, other = (
+        draw(x, layer, scheme, n=5, generator=generator(seed)).halves for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.isclose(first, other).any()
+    assert len(first.unique(dim=0)) == 5
+
+
+def test_global_rng_is_the_default():
+    x, layer = correlated((2, 1, 6, 6)), nn.Conv2d(1, 3, 3)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        halves = draw(x, layer, "default", n=2).halves
+    for g in (generator(3), 3):  # an int is the seed of a new generator
+        assert torch.equal(halves, draw(x, layer, "default", n=2, generator=g).halves)
+
+
+@pytest.mark.parametrize("block", [1, 100, 200, 4000, 2**19])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_draws_in_blocks(monkeypatch, block, groups):
+    x, layer = correlated((5, 2, 6, 5)), nn.Conv2d(2, 4, 3, groups=groups)  # 48 outputs a picture
+    expected = [draw(x, layer, "default", n=1, generator=g).halves for g in [generator(1)] * 70]
+    sizes, bmm = [], torch.bmm
+
+    def measured(*args, out):
+        sizes.append(out.numel())
+        return bmm(*args, out=out)
+
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(torch, "bmm", measured)
+    halves = draw(x, layer, "default", n=70, generator=generator(1)).halves
+    assert max(sizes) <= max(block, 4)
+    assert sum(sizes) == 70 * 240
+    torch.testing.assert_close(halves, torch.cat(expected), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("lit", [slice(0, 0), slice(1, 4), slice(0, 4)])
+def test_patches_that_repeat_the_first_count_as_often_as_they_occur(groups, lit):
+    x, layer = torch.zeros(4, 2, 9, 8).double(), nn.Conv2d(2, 4, 3, groups=groups).double()
+    x[lit, :, 3:6, 2:5] = torch.randn(x[lit, :, 3:6, 2:5].shape, generator=generator()).double()
+    halves, g = draw(x, layer, "default", n=5, generator=generator(1)).halves, generator(1)
+    for found in halves:
+        with torch.no_grad():
+            y = initialize_(layer, "default", bias="default", generator=g)(x)
+        parts = y.clamp_min(0), y.clamp_max(0)
+        expected = [part.mean() for part in parts] + [part.square().mean() for part in parts]
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=0)
 
 
 # Predictions, exact -----------------------------------------------------------------------------
@@ -145,7 +309,7 @@ def test_prediction_from_all_weights_of_a_quadrature(scheme, bias, make, groups)
 
 @pytest.mark.parametrize("n_in", [1, 2])
 def test_covariance_from_all_directions(n_in, monkeypatch):
-    monkeypatch.setattr(module, "EXCESS_KURTOSIS", 0.0)  # the bias too is Gaussian here
+    monkeypatch.setattr(module, "UNIFORM", 0.0)  # the bias too is Gaussian here
     # Two Gaussian numbers, two weights or a weight and a bias, are a direction and an independent
     # length L. Half-moments are proportional to L, or to L^2, of E[L^k] = 2^(k/2) gamma(1 + k/2).
     # The rule of equal steps h is off by h^2 / 12 times the jumps of the slope, about 1e-9 here.
@@ -399,6 +563,7 @@ def test_factor_must_be_positive(factor):
 
 # Errors -----------------------------------------------------------------------------------------
 
+PICTURE = torch.ones(2, 3, 6, 6)
 NAN, INF = (PICTURE.where(torch.eye(6) == 0, bad) for bad in (math.nan, math.inf))
 
 
@@ -454,9 +619,20 @@ def test_type_errors(x, conv, message):
             call()
 
 
+@pytest.mark.parametrize("n", [0, -1])
+def test_number_of_draws(n):
+    with pytest.raises(ValueError, match=f"n must be 1 or more, got {n}"):
+        draw(PICTURE, nn.Conv2d(3, 4, 3), "default", n=n)
+
+
 def test_orthogonal_is_not_predicted():
     with pytest.raises(ValueError, match="no prediction for scheme 'orthogonal'; known are def"):
         predict(PICTURE, nn.Conv2d(3, 4, 3), "orthogonal")
+
+
+def test_orthogonal_needs_more_than_half_precision():
+    with pytest.raises(ValueError, match="needs float32 or float64, got torch"):
+        draw(PICTURE, nn.Conv2d(3, 4, 3).half(), "orthogonal", n=1)
 
 
 def test_picture_as_large_as_the_kernel():
@@ -501,11 +677,20 @@ def test_memory():
         known = False
     if not known:
         pytest.skip("needs the peak memory in /proc/self/status, as Linux has it")
-    command = [sys.executable, "-W", "error", "-c", MEMORY]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    drawing, predicting = map(float, out.split())
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    drawing, predicting = map(float, done.stdout.split())
     assert drawing < 50  # MiB
     assert predicting < 500  # about 250, most of it for the pairs of patches
+
+
+@pytest.mark.parametrize("size", [224, 512])
+def test_large_pictures_in_float32(size):
+    x, layer = torch.randn(1, 1, size, size, generator=generator()), nn.Conv2d(1, 64, 3)
+    single, double = (
+        draw(t, layer, "default", n=1, generator=generator()).halves for t in (x, x.double())
+    )
+    torch.testing.assert_close(single, double, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
