@@ -46,7 +46,7 @@ def stats(x: Tensor) -> Stats:
         raise TypeError(f"stats needs real floating-point values, got {x.dtype}; use x.float()")
     if x.numel() == 0:
         raise ValueError(f"stats of an empty tensor, shape {tuple(x.shape)}")
-    x = x.detach().double()
+    x = x.detach().cpu().double()  # in this order: not every device has float64
     if bad := x.numel() - int(x.isfinite().sum()):
         raise ValueError(f"stats needs finite values: {bad} of {x.numel()} are nan or infinite")
     std = x.std().item() if x.numel() > 1 else math.nan
@@ -144,21 +144,28 @@ class Predicted:
     halves: Tensor
     covariance: Tensor
     count: int
+    skew: float
+    parts: float
 
     def at(self, slope: float | None = None) -> PredictedMoments:
         """Return the moments before an activation, or after a leaky ReLU of that slope."""
         to_mean, to_square = _slope_vectors(slope)
         mean, square = (to_mean @ self.halves).item(), (to_square @ self.halves).item()
-        # std^2 = square - mean^2 moves with both, to first order
-        to_all = to_mean, to_square - 2 * mean * to_mean, to_square
-        variances = [(v @ self.covariance @ v).item() for v in to_all]
+        m_var, both, q_var = (
+            (v @ self.covariance @ u).item()
+            for v, u in ((to_mean, to_mean), (to_mean, to_square), (to_square, to_square))
+        )
         unbiased = self.count / max(self.count - 1, 1)
-        variance = max(unbiased * (square - mean**2 - variances[0]), 0.0)
-        std, rms = math.sqrt(variance), math.sqrt(square)
-        mean_sd, *sds = (math.sqrt(max(v, 0.0)) for v in variances)
-        # A root r moves by half as much as r^2, over r
-        sds = [sd / (2 * r) if r > 0 else 0.0 for sd, r in zip(sds, (std, rms), strict=True)]
-        return PredictedMoments(mean, std, rms, mean_sd, *sds)
+        variance = max(unbiased * (square - mean**2 - m_var), 0.0)
+        root, rms_sd = _root(square, q_var, self.skew)
+        # The mean moves with the rms, as b times it, and by itself: std^2 = rms^2 - (b rms + c)^2
+        b = 2 * square * both / (root * q_var) if q_var > 0 else 0.0
+        c, alone = mean - b * root, max(m_var - (b * rms_sd) ** 2, 0.0)
+        s_var = (1 - b * b) ** 2 * q_var + 4 * (b * c * rms_sd) ** 2 - 4 * (1 - b * b) * c * both
+        s_var += 4 * (mean**2 + (b * rms_sd) ** 2) * alone - 2 * alone**2
+        _, std_sd = _root(variance, s_var, self.skew)
+        sds = math.sqrt(max(m_var, 0.0)), std_sd, rms_sd
+        return PredictedMoments(mean, math.sqrt(variance), math.sqrt(square), *sds)
 
     def scaled(self, factor: float) -> "Predicted":
         """Return what weights and bias `factor` > 0 times as large give."""
@@ -198,6 +205,22 @@ class Drawn:
     def scaled(self, factor: float) -> "Drawn":
         """Return what weights and bias `factor` > 0 times as large give."""
         return replace(self, halves=self.halves * _scale(factor))
+
+
+def _root(mean: float, variance: float, skew: float) -> tuple[float, float]:
+    """Return the mean and sd of the root of a positive number that is a constant + a gamma one.
+
+    Its skewness is `skew` times that of a gamma number alone, 2 sqrt(variance) / mean. By
+    E sqrt(q) = integral of (1 - E exp(-t q)) t^(-3/2) dt / sqrt(4 pi), with t = exp(u).
+    """
+    spread = max(variance, 0.0) / mean**2 if mean > 0 else 0.0
+    if spread < 1e-6:
+        return math.sqrt(mean), math.sqrt(mean * spread) / 2
+    u = torch.arange(-80, 80, 0.125, dtype=torch.float64, device="cpu")
+    width = spread * skew
+    logs = u.exp() * (1 - 1 / skew) + (width * u.exp()).log1p() / (width * skew)
+    root = -((-logs).expm1() * (-u / 2).exp()).sum().item() * 0.125 / math.sqrt(4 * math.pi)
+    return math.sqrt(mean) * root, math.sqrt(mean * max(1 - root**2, 0.0))
 
 
 def _slope_vectors(slope: float | None) -> tuple[Tensor, Tensor]:

@@ -221,12 +221,11 @@ def build(run: Run) -> nn.Module:
             pooled=2,
         )
     generator = Generator().manual_seed(run.seed)
-    initialize_(model, run.scheme, run.a, bias=run.bias, generator=generator)
+    slope = {"a": run.a} if run.scheme.startswith("kaiming") else {}
+    if run.scheme.startswith(("xavier", "orthogonal")):  # which take no slope
+        slope = {"gain": gain(run.a)}
+    initialize_(model, run.scheme, bias=run.bias, generator=generator, **slope)
     with torch.no_grad():
-        if run.scheme.startswith(("xavier", "orthogonal")):  # which take no slope
-            for layer in model.modules():
-                if isinstance(layer, nn.Conv2d | nn.Linear):
-                    layer.weight *= gain(run.a)
         for block in model.modules():
             if run.zeroed and isinstance(block, Residual):
                 nn.init.zeros_(block[-1].weight)
