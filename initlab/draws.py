@@ -27,8 +27,8 @@ def draw(
 ) -> Drawn:
     """Initialise `layer` anew `n` times and measure `layer(x)` each time, for every slope at once.
 
-    A draw is what `initialize_(layer, scheme, a, bias=bias, generator=generator)` makes of a layer
-    like this. Memory does not grow with `n`, but for the result. The work is done on the CPU.
+    A draw is what `initialize_` with these arguments makes of a layer like this. Memory does not
+    grow with `n`, but for the result. The work is done on the CPU.
 
     Args:
         x: As in `predict`.
@@ -39,6 +39,7 @@ def draw(
         n: Number of draws.
         generator: Source of the random numbers, or the seed of a new one; by default torch's
             global one.
+        gain: As in `predict`.
 
     Raises:
         ValueError: `n` < 1; else as `predict` raises it.
