@@ -18,15 +18,17 @@ def draw(
     x: Tensor,
     layer: nn.Conv2d | nn.Linear,
     scheme: Scheme,
-    a: float | Activation = 0.0,
+    a: float | Activation | None = None,
     bias: Literal["default", "zeros"] = "default",
     n: int = 1000,
     generator: Generator | int | None = None,
+    *,
+    gain: float | None = None,
 ) -> Drawn:
     """Initialise `layer` anew `n` times and measure `layer(x)` each time, for every slope at once.
 
-    A draw is what `initialize_(layer, scheme, a, bias=bias, generator=generator)` makes of a layer
-    like this. Memory does not grow with `n`, but for the result. The work is done on the CPU.
+    A draw is what `initialize_` with these arguments makes of a layer like this. Memory does not
+    grow with `n`, but for the result. The work is done on the CPU.
 
     Args:
         x: As in `predict`.
@@ -37,6 +39,7 @@ def draw(
         n: Number of draws.
         generator: Source of the random numbers, or the seed of a new one; by default torch's
             global one.
+        gain: As in `predict`.
 
     Raises:
         ValueError: `n` < 1; else as `predict` raises it.
@@ -53,7 +56,7 @@ def draw(
     if n < 1:
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
     windows, conv = windows_of(x, layer, bias)
-    draw_ = weight_rule(scheme, a, "fan_in")
+    draw_ = weight_rule(scheme, a, "fan_in", gain)
     layers_to_draw(conv, scheme)  # raises, where torch would in the middle
     generator = as_generator(generator)
     filters, groups = conv.out_channels, conv.groups
@@ -62,19 +65,19 @@ def draw(
     columns = max(1, BLOCK // (at_once * filters))
     # One buffer for all outputs: fresh memory for each costs as much time as computing them
     buffer = windows.new_empty(at_once * filters * columns)
-    halves = torch.empty(n, 4, dtype=torch.float64)
+    halves = torch.empty(n, 4, dtype=torch.float64, device="cpu")
     # A bar only for what takes longer than two seconds
     with torch.no_grad(), tqdm(total=n, desc=f"draw {scheme}", unit="draw", delay=2) as bar:
         for rows in halves.split(at_once):
             k, weights = len(rows), []
             for _ in range(k):
                 redraw_(conv, draw_, bias, generator)
-                shift = torch.zeros(filters) if conv.bias is None else conv.bias
+                shift = conv.weight.new_zeros(filters) if conv.bias is None else conv.bias
                 weights.append(torch.cat([conv.weight.flatten(1), shift[:, None]], 1))
             # All draws side by side: (groups, k * filters / groups, fan_in + 1)
             weight = torch.stack(weights).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
             weight = weight.to(windows.dtype)
-            sums = torch.zeros(4, k, dtype=torch.float64)
+            sums = halves.new_zeros(4, k)
             for block in patches_of(windows):
                 # Nearly half of MNIST's 5x5 patches are one, black only: it is computed once
                 repeated = (block == block[:, :1]).all(0)

@@ -59,7 +59,9 @@ def _mean_square(activation: Activation) -> float:
 
     The halving finds kinks and jumps: the error of an interval that holds one shrinks with it.
     """
-    f = copy.deepcopy(activation).double() if isinstance(activation, nn.Module) else activation
+    f = activation
+    if isinstance(f, nn.Module):
+        f = copy.deepcopy(f).cpu().double()
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
 
     def integrals(left: Tensor, width: float) -> Tensor:
@@ -71,7 +73,7 @@ def _mean_square(activation: Activation) -> float:
         return (y.square() * density).view(-1, len(nodes)) @ weights * width / 2
 
     with torch.no_grad():
-        left, width, total = torch.arange(-38.0, 38.0, dtype=torch.float64), 1.0, 0.0
+        left, width, total = torch.from_numpy(np.arange(-38.0, 38.0)), 1.0, 0.0
         whole = integrals(left, width)
         tails = whole[[0, -1]].sum()  # beyond is less, unless f^2 outgrows the density
         while len(left) and width > 2**-50:
@@ -109,10 +111,12 @@ def fans(weight: Tensor) -> tuple[int, int]:
 def initialize_(
     module: Module,
     scheme: Scheme,
-    a: float | Activation = 0.0,
+    a: float | Activation | None = None,
     mode: Mode = "fan_in",
     bias: Bias = "keep",
     generator: Generator | int | None = None,
+    *,
+    gain: float | None = None,
 ) -> Module:
     """Draw the weight of every Linear and (transposed) convolution anew, in place; return `module`.
 
@@ -120,22 +124,26 @@ def initialize_(
     is done by `torch.nn.init`: the same generator state gives the same bits.
 
     Args:
-        module: A layer or a network. Layers of other kinds (normalisation, embedding) are
-            kept, unless they share a weight with one of these.
+        module: A layer or a network. What belongs to layers of other kinds is kept (normalisation,
+            embedding, recurrent; of an attention the `in_proj_weight`, its output is a Linear),
+            unless it is shared with one of these.
         scheme: "default" is what `reset_parameters` does to a weight, U(-1/sqrt(fan_in),
             1/sqrt(fan_in)); the others are the initialisers of torch of that name.
-        a: Slope that the two Kaiming schemes assume, or the activation itself, such as `F.gelu`.
+        a: Slope that the two Kaiming schemes assume, or the activation itself, such as `F.gelu`;
+            by default a ReLU.
         mode: "fan_in" or "fan_out", for the two Kaiming schemes.
         bias: "keep" leaves biases alone, as every `torch.nn.init.kaiming_*_` does, "zeros" clears
             them, "default" draws them as `reset_parameters` does.
         generator: Source of the random numbers, or the seed of a new one; by default torch's
             global one.
+        gain: Factor of the weights of "xavier" and "orthogonal", by default 1; the activation's is
+            `gain(f)`.
 
     Raises:
-        ValueError: Unknown `scheme`, `mode` or `bias`; `a` not finite or without a gain; nothing to
-            initialise; a weight that has no shape yet (lazy) or is computed from others (weight
-            norm); "orthogonal" in half precision, which torch cannot factorise. Nothing is changed
-            then.
+        ValueError: Unknown `scheme`, `mode` or `bias`; an `a` or `gain` that the scheme does not
+            take, or that is not finite; nothing to initialise; a weight that has no shape yet
+            (lazy), no memory (meta) or is computed from others (weight norm); "orthogonal" in half
+            precision, which torch cannot factorise. Nothing is changed then.
 
     Source: He et al. 2015, arXiv 1502.01852; Glorot & Bengio 2010; Saxe et al. 2013, arXiv
     1312.6120.
@@ -147,7 +155,7 @@ def initialize_(
         1.4, 1.4
     """
     check_known("bias", bias, get_args(Bias))
-    draw_ = weight_rule(scheme, a, mode)
+    draw_ = weight_rule(scheme, a, mode, gain)
     layers = layers_to_draw(module, scheme)
     generator = as_generator(generator, layers[0].weight.device)
     for layer in layers:
@@ -170,16 +178,26 @@ def as_generator(
     return generator
 
 
-def weight_rule(scheme: Scheme, a: float | Activation, mode: Mode) -> Callable[..., Tensor]:
+def weight_rule(
+    scheme: Scheme, a: float | Activation | None, mode: Mode, factor: float | None
+) -> Callable[..., Tensor]:
     """Return the initialiser of torch, to be called with a weight and `generator=`."""
     check_known("scheme", scheme, get_args(Scheme))
     check_known("mode", mode, get_args(Mode))
-    size = gain(a)
-    if scheme == "default":
+    takes = scheme.partition("_")[0]
+    if a is not None and takes != "kaiming":
+        raise ValueError(f"the scheme {scheme!r} assumes no slope: leave out a = {a}")
+    if factor is not None and takes not in ("xavier", "orthogonal"):
+        raise ValueError(f"the scheme {scheme!r} has its own gain: leave out gain = {factor}")
+    if factor is not None and not 0 < factor < math.inf:
+        raise ValueError(f"the gain must be positive and finite, got {factor}")
+    if takes == "default":
         return partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
     draw_ = getattr(nn.init, scheme + "_")
-    if not scheme.startswith("kaiming"):
-        return draw_
+    if takes != "kaiming":
+        return partial(draw_, gain=1.0 if factor is None else factor)
+    a = 0.0 if a is None else a
+    size = gain(a)
     if not callable(a):
         return partial(draw_, a=a, mode=mode, nonlinearity="leaky_relu")
 
@@ -205,6 +223,8 @@ def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
             raise ValueError(f"the weight of {layer} is computed (parametrised): nothing to draw")
         if is_lazy(layer.weight):
             raise ValueError(f"{layer} has no shape before its first input; run the network once")
+        if layer.weight.is_meta:
+            raise ValueError(f"{layer} is on the meta device: it has no memory to draw into")
         if scheme == "orthogonal" and layer.weight.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f'"orthogonal" needs float32 or float64, got {layer.weight.dtype}')
     return layers

@@ -6,6 +6,7 @@ numbers a draw, the half-moments, serve every slope.
 """
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def stats(x: Tensor) -> Stats:
         raise TypeError(f"stats needs real floating-point values, got {x.dtype}; use x.float()")
     if x.numel() == 0:
         raise ValueError(f"stats of an empty tensor, shape {tuple(x.shape)}")
-    x = x.detach().double()
+    x = x.detach().cpu().double()  # in this order: not every device has float64
     if bad := x.numel() - int(x.isfinite().sum()):
         raise ValueError(f"stats needs finite values: {bad} of {x.numel()} are nan or infinite")
     std = x.std().item() if x.numel() > 1 else math.nan
@@ -59,16 +60,10 @@ def _with_sds(moments: "PredictedMoments | DrawnMoments") -> str:
 
 
 class DrawnMoments(NamedTuple):
-    """Mean, std and rms of a layer's output in several draws, and how much they differ.
+    """Mean, std and rms of a layer's output in `n` draws, and how much they differ.
 
-    Attributes:
-        mean: Mean of the draws' means.
-        std: Root of the mean of their variances (unbiased).
-        rms: Root of the mean of their mean squares.
-        mean_sd: Standard deviation of the means of the draws; nan if there is only one.
-        std_sd: The same of the stds.
-        rms_sd: The same of the rms.
-        n: Number of draws.
+    The mean is the mean of theirs, std and rms are the roots of the mean variance (unbiased) and
+    the mean mean square. The sd's are those between single draws, nan if there is only one.
     """
 
     mean: float
@@ -83,10 +78,7 @@ class DrawnMoments(NamedTuple):
 
 
 class PredictedMoments(NamedTuple):
-    """Mean, std and rms of a layer's output as predicted, and how much those of ONE draw stray.
-
-    Attributes are those of `DrawnMoments`, without `n`.
-    """
+    """What `DrawnMoments` of many draws will be; `doubt` says why the sd's may be far off."""
 
     mean: float
     std: float
@@ -94,6 +86,7 @@ class PredictedMoments(NamedTuple):
     mean_sd: float
     std_sd: float
     rms_sd: float
+    doubt: str = ""
 
     __repr__ = _with_sds
 
@@ -106,6 +99,7 @@ class PredictedMoments(NamedTuple):
 
         Raises:
             TypeError: `measured` is neither `Stats` nor `DrawnMoments`.
+            ValueError: The sd's are in doubt.
 
         Example:
             >>> predicted = PredictedMoments(0.0, 1.0, 1.0, 0.02, 0.05, 0.05)
@@ -116,6 +110,8 @@ class PredictedMoments(NamedTuple):
         """
         if not isinstance(measured, Stats | DrawnMoments):
             raise TypeError(f"only what was measured can be covered, got {measured!r}")
+        if self.doubt:
+            raise ValueError(f"what this prediction covers is not known: {self.doubt}")
         n = getattr(measured, "n", 1)
         numbers = zip(measured[:3], self[:3], self[3:6], strict=True)
         return all(abs(m - told) <= 5 * sd / math.sqrt(n) for m, told, sd in numbers)
@@ -139,26 +135,49 @@ class Predicted:
         halves: float64 tensor (4,): E[y+], E[y-], E[y+^2], E[y-^2], over outputs and draws.
         covariance: float64 tensor (4, 4), between draws.
         count: Number of outputs that one draw averages over.
+        skew: How many times as skewed the mean square of y is as a gamma number of its mean and sd.
+        parts: How many uniform weights of one size would make y as little Gaussian as it is.
     """
 
     halves: Tensor
     covariance: Tensor
     count: int
+    skew: float = 1.0
+    parts: float = math.inf
 
     def at(self, slope: float | None = None) -> PredictedMoments:
-        """Return the moments before an activation, or after a leaky ReLU of that slope."""
+        """Return the moments before an activation, or after a leaky ReLU of that slope.
+
+        Warns where the sd's may be off by more than 5 %: where one or two uniform weights make up
+        an output, and where a draw depends on few numbers, as with one or two filters.
+        """
         to_mean, to_square = _slope_vectors(slope)
         mean, square = (to_mean @ self.halves).item(), (to_square @ self.halves).item()
-        # std^2 = square - mean^2 moves with both, to first order
-        to_all = to_mean, to_square - 2 * mean * to_mean, to_square
-        variances = [(v @ self.covariance @ v).item() for v in to_all]
+        m_var, both, q_var = (
+            (v @ self.covariance @ u).item()
+            for v, u in ((to_mean, to_mean), (to_mean, to_square), (to_square, to_square))
+        )
+        m_var, q_var = max(m_var, 0.0), max(q_var, 0.0)
         unbiased = self.count / max(self.count - 1, 1)
-        variance = max(unbiased * (square - mean**2 - variances[0]), 0.0)
-        std, rms = math.sqrt(variance), math.sqrt(square)
-        mean_sd, *sds = (math.sqrt(max(v, 0.0)) for v in variances)
-        # A root r moves by half as much as r^2, over r
-        sds = [sd / (2 * r) if r > 0 else 0.0 for sd, r in zip(sds, (std, rms), strict=True)]
-        return PredictedMoments(mean, std, rms, mean_sd, *sds)
+        variance = max(unbiased * (square - mean**2 - m_var), 0.0)
+        root, rms_sd = _root(square, q_var, self.skew)
+        # The mean moves with the rms, as b times it, and by itself: std^2 = rms^2 - (b rms + c)^2
+        b = 2 * square * both / (root * q_var) if q_var else 0.0
+        c, alone = mean - b * root, max(m_var - (b * rms_sd) ** 2, 0.0)
+        s_var = (1 - b * b) ** 2 * q_var + 4 * (b * c * rms_sd) ** 2 - 4 * (1 - b * b) * c * both
+        s_var += 4 * (mean**2 + (b * rms_sd) ** 2) * alone - 2 * alone**2
+        _, std_sd = _root(variance, s_var, self.skew)
+
+        doubt = ""
+        numbers = 2 * square**2 / q_var if q_var else math.inf  # as many equal squares vary as much
+        if self.parts < 1.6:
+            doubt = f"{self.parts:.1f} uniform weights make up an output"
+        elif numbers < (8 if slope is None or slope >= 0 else 100):  # below 0, |y| counts most
+            doubt = f"the mean square of a draw varies as that of {numbers:.1f} numbers"
+        if doubt:
+            warnings.warn(f"{doubt}: its sd's are rough", stacklevel=2)
+        sds = math.sqrt(m_var), std_sd, rms_sd
+        return PredictedMoments(mean, math.sqrt(variance), math.sqrt(square), *sds, doubt)
 
     def scaled(self, factor: float) -> "Predicted":
         """Return what weights and bias `factor` > 0 times as large give."""
@@ -200,16 +219,35 @@ class Drawn:
         return replace(self, halves=self.halves * _scale(factor))
 
 
+def _root(mean: float, variance: float, skew: float) -> tuple[float, float]:
+    """Return the mean and sd of the root of a positive number that is a constant + a gamma one.
+
+    Its skewness is `skew` times that of a gamma number alone, 2 sqrt(variance) / mean. By
+    E sqrt(q) = integral of (1 - E exp(-t q)) t^(-3/2) dt / sqrt(4 pi), with t = exp(u).
+    """
+    spread = max(variance, 0.0) / mean**2 if mean > 0 else 0.0
+    if spread < 1e-6:
+        return math.sqrt(mean), math.sqrt(mean * spread) / 2
+    u = torch.arange(-80, 80, 0.125, dtype=torch.float64, device="cpu")
+    skew = max(skew, 1.0)  # which it is, but for rounding
+    width = spread * skew
+    logs = u.exp() * (1 - 1 / skew) + (width * u.exp()).log1p() / (width * skew)
+    root = -((-logs).expm1() * (-u / 2).exp()).sum().item() * 0.125 / math.sqrt(4 * math.pi)
+    return math.sqrt(mean) * root, math.sqrt(mean * max(1 - root**2, 0.0))
+
+
 def _slope_vectors(slope: float | None) -> tuple[Tensor, Tensor]:
     """Return the vectors (4,) that turn half-moments into the mean and mean square at `slope`."""
     slope = 1.0 if slope is None else slope
     if not math.isfinite(slope):
         raise ValueError(f"the slope of the activation must be finite, got {slope}")
-    return torch.tensor([[1, slope, 0, 0], [0, 0, 1, slope**2]], dtype=torch.float64).unbind()
+    return torch.tensor(
+        [[1, slope, 0, 0], [0, 0, 1, slope**2]], dtype=torch.float64, device="cpu"
+    ).unbind()
 
 
 def _scale(factor: float) -> Tensor:
     """Return the factors of the half-moments of `factor` times y."""
     if not 0 < factor < math.inf:
         raise ValueError(f"the factor must be positive and finite, got {factor}")
-    return torch.tensor([factor, factor, factor**2, factor**2], dtype=torch.float64)
+    return torch.tensor([factor, factor, factor**2, factor**2], dtype=torch.float64, device="cpu")

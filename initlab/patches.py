@@ -17,12 +17,16 @@ def windows_of(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tens
     1x1 pictures. The layer returned has no bias if `bias` is "zeros".
     """
     check_known("bias", bias, ("default", "zeros"))
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    if not isinstance(layer, kind):
         raise TypeError(f"needs a Conv2d or a Linear, got {type(layer).__name__}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
     if any(is_lazy(parameter) for parameter in layer.parameters()):
         raise ValueError(f"{layer} has no shape before its first input; run it once")
+    own = "forward" in vars(layer) or type(layer).forward is not kind.forward
+    if own or "weight" not in dict(layer.named_parameters(recurse=False)):
+        raise ValueError(f"{layer} computes its weight or its output in a way of its own")
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError(f"only zero padding is covered, got {layer.padding_mode!r}")
     if isinstance(layer, nn.Linear):
@@ -34,18 +38,23 @@ def windows_of(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tens
         dims, expected = 4, f"(N, {layer.in_channels}, H, W)"
     if x.dim() != dims or x.shape[1] != sizes[0] or x.numel() == 0:
         raise ValueError(f"x must have shape {expected} and not be empty, got {tuple(x.shape)}")
+    if x.is_meta:
+        raise ValueError("x is on the meta device: it has no values")
     if not x.isfinite().all():
         raise ValueError("x has values that are nan or infinite")
-    # The type of any parameter: to read a parametrised weight computes it, and may change the layer
-    settings["dtype"] = next(layer.parameters()).dtype
+    settings["dtype"] = layer.weight.dtype
     settings["bias"] = layer.bias is not None and bias == "default"
     conv = nn.utils.skip_init(nn.Conv2d, *sizes, **settings)
 
     # Half precision cannot hold the sums
     x = x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32))
     x = x if dims == 4 else x[..., None, None]
-    sides = conv._reversed_padding_repeated_twice  # in the order of F.pad, also of "same"
-    x = F.pad(x, sides) if any(sides) else x
+    if conv.padding == "same":  # the odd one of a sum stands at the end
+        sums = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        ends = [(total // 2, total - total // 2) for total in sums]
+    else:
+        ends = [(0, 0)] * 2 if conv.padding == "valid" else [(size,) * 2 for size in conv.padding]
+    x = F.pad(x, [*ends[1], *ends[0]])
     size, axes = tuple(x.shape[2:]), zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
     for axis, (k, stride, d) in enumerate(axes, 2):
         if d * (k - 1) >= x.shape[axis]:

@@ -9,46 +9,50 @@ import math
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from initlab.init import Activation, Scheme, fans, gain
+from initlab.init import Activation, Scheme, fans, gain, weight_rule
 from initlab.moments import Predicted
 from initlab.patches import count_positions, patches_of, windows_of
 
 PAIRS_FROM = 768  # patches from which the sums over pairs of patches are estimated
-EXCESS_KURTOSIS = -6 / 5  # E[w^4] / V^2 - 3, of a uniform distribution
+KURTOSIS, SIXTH = -6 / 5, 48 / 7  # fourth and sixth cumulant of a uniform number of variance 1
+ROOT = math.sqrt(2 / math.pi)
 # E[y], E[|y|], E[y^2], E[y|y|] to half-moments: y+ = (y + |y|) / 2, y+^2 = (y^2 + y|y|) / 2 ...
-TO_HALVES = torch.tensor([[1, 1, 0, 0], [1, -1, 0, 0], [0, 0, 1, 1], [0, 0, 1, -1]]).double() / 2
+TO_HALVES = ((1, 1, 0, 0), (1, -1, 0, 0), (0, 0, 1, 1), (0, 0, 1, -1))
 
 
 def predict(
     x: Tensor,
     layer: nn.Conv2d | nn.Linear,
     scheme: Scheme,
-    a: float | Activation = 0.0,
+    a: float | Activation | None = None,
     bias: Literal["default", "zeros"] = "default",
+    *,
+    gain: float | None = None,
 ) -> Predicted:
     """Predict the moments of `layer(x)` over all weights that `scheme` may draw, without drawing.
 
     Exact for any data: E[y], E[y^2] and E[leaky(y)^2]; the sd of the mean and of the mean square
-    of y. Exact for Gaussian w and b: E[leaky(y)]; for uniform ones it comes out low, by 0.5 % on
-    MNIST's 5x5 patches and by 8 % at fan_in = 1. The sd's after an activation come from the pairs
-    of 768 patches spread evenly over the data (within 1 % of 4,096 on MNIST), of 768 / sqrt(groups)
-    in each group. For uniform w and b they hold the leading term of the kurtosis: measured, within
-    3 % at fan_in = 25, 7 % at 5, and rough below. Those of std and rms are first-order: sd(r) =
-    sd(r^2) / (2 r). The work is done on the CPU; memory grows with fan_in squared.
+    of y; E[leaky(y)] of normal weights. That of uniform ones holds the leading term of what makes
+    them other than normal; so do the sd's after an activation, to which pairs of 768 patches, the
+    larger the rather, add what sums over all do not tell exactly. Those of std and rms take the
+    mean square of a draw for a gamma number, shifted. All this against 20,000 draws of each case:
+    data/predict. The work is done on the CPU; memory grows with fan_in squared.
 
     Args:
         x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
         layer: All but its values is used; zero padding only.
         scheme: As in `initialize_`, except "orthogonal", whose weights are not independent.
-        a: Slope or activation that the Kaiming schemes assume, by fan_in.
+        a: As in `initialize_`; the mode is "fan_in".
         bias: "default" is U(-1/sqrt(fan_in), 1/sqrt(fan_in)), "zeros" none.
+        gain: As in `initialize_`.
 
     Raises:
-        ValueError: Unknown scheme or bias; `a` not finite or without a gain; `x` empty, not
+        ValueError: Unknown scheme or bias; an `a` or `gain` as in `initialize_`; `x` empty, not
             finite, of another shape than the layer takes or smaller than the kernel; padding by
-            anything but zeros; a lazy layer.
+            anything but zeros; a layer that is lazy, or has a forward or a weight of its own.
         TypeError: `layer` is neither Conv2d nor Linear; `x` is no floating-point tensor.
 
     Source: He et al. 2015, arXiv 1502.01852, sec. 2.2, without its assumptions on the data; for
@@ -64,110 +68,163 @@ def predict(
         (1.01, 0.4)
     """
     windows, conv = windows_of(x, layer, bias)
-    V = _weight_variance(conv.weight, scheme, a)
-    uniform = not scheme.endswith("normal")
-    U = (1 / math.sqrt(fans(conv.weight)[0])) ** 2 / 3 if conv.bias is not None else 0.0
-    cumulants = EXCESS_KURTOSIS * V**2 if uniform else 0.0, EXCESS_KURTOSIS * U**2
-    pairs_from = math.ceil(PAIRS_FROM / math.sqrt(conv.groups))  # as many pairs for any groups
-    parts = [_of_a_group(x, V, U, cumulants, pairs_from) for x in windows.chunk(conv.groups, 1)]
-    expected, per_filter = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
-    covariance = TO_HALVES @ (per_filter / conv.out_channels) @ TO_HALVES.T
-    count = count_positions(windows) * conv.out_channels
-    return Predicted(TO_HALVES @ expected, covariance, count)
+    V = _weight_variance(conv.weight, scheme, a, gain)
+    U = 1 / (3 * fans(conv.weight)[0]) if conv.bias is not None else 0.0
+    some = math.ceil(PAIRS_FROM / math.sqrt(conv.groups))  # as many pairs for any groups
+    bounded = not scheme.endswith("normal")
+    parts = [_of_a_group(x, V, U, bounded, some) for x in windows.chunk(conv.groups, 1)]
+    expected, per_filter, others = (torch.stack(v).mean(0) for v in zip(*parts, strict=True))
+    power, square, cube, cumulant = others.tolist()
+    to_halves = expected.new_tensor(TO_HALVES) / 2
+    return Predicted(
+        to_halves @ expected,
+        to_halves @ (per_filter / conv.out_channels) @ to_halves.T,
+        count=count_positions(windows) * conv.out_channels,
+        skew=power * cube / square**2 if square else 1.0,
+        parts=KURTOSIS * power / cumulant if cumulant else math.inf,
+    )
 
 
-def _weight_variance(weight: Tensor, scheme: Scheme, a: float | Activation) -> float:
+def _weight_variance(
+    weight: Tensor, scheme: Scheme, a: float | Activation | None, factor: float | None
+) -> float:
     """Return the variance V of one weight."""
     schemes = [s for s in get_args(Scheme) if s != "orthogonal"]
     if scheme not in schemes:
         raise ValueError(f"no prediction for scheme {scheme!r}; known are {', '.join(schemes)}")
+    weight_rule(scheme, a, "fan_in", factor)  # raises
     fan_in, fan_out = fans(weight)
-    variances = {
-        "default": gain(math.sqrt(5)) ** 2 / fan_in,
-        "kaiming": gain(a) ** 2 / fan_in,
-        "xavier": 2 / (fan_in + fan_out),
-    }
-    return variances[scheme.partition("_")[0]]
+    if scheme.startswith("xavier"):
+        return 2 / (fan_in + fan_out) * (1.0 if factor is None else factor) ** 2
+    a = math.sqrt(5) if scheme == "default" else 0.0 if a is None else a
+    return gain(a) ** 2 / fan_in
 
 
 def _of_a_group(
-    windows: Tensor, V: float, U: float, cumulants: tuple[float, float], pairs_from: int
-) -> tuple[Tensor, Tensor]:
-    """Return E of y, |y|, y^2, y|y|, and the covariance (4, 4) of their means over one filter."""
-    positions = count_positions(windows)
-    M, mu, size = 0.0, 0.0, 0.0
-    for p in patches_of(windows):
-        p = p.double()
-        M, mu = M + p @ p.T, mu + p.sum(1)
-        size += (V * p.square().sum(0) + U).sqrt().sum().item()
-    M, mu = M / positions, mu / positions
-    mu2, power = mu.square().sum().item(), V * M.trace().item() + U
-    gaussian = 2 * V**2 * M.square().sum().item() + 4 * U * V * mu2 + 2 * U**2
+    windows: Tensor, V: float, U: float, bounded: bool, some: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return E of y, |y|, y^2, y|y|, the covariance (4, 4) of their means over one filter, others.
 
-    shape = len(windows), *windows.shape[2:4]
-    picture, row, column = torch.unravel_index(_spread_evenly(pairs_from, positions), shape)
-    sample = windows[picture, :, row, column].flatten(1).T.contiguous().double()
-    covariance = _pair_covariance(sample, positions, V, U, *cumulants, gaussian)
-    covariance[0, 0] = V * mu2 + U
-    covariance[2, 2] = gaussian + cumulants[0] * M.diagonal().square().sum() + cumulants[1]
-    mean_abs = math.sqrt(2 / math.pi) * size / positions
-    return torch.tensor([0.0, mean_abs, power, 0.0], dtype=torch.float64), covariance
-
-
-def _spread_evenly(some: int, of: int) -> Tensor:
-    """Return about `some` of the numbers below `of`, or all of them, sorted.
-
-    By multiples of the golden ratio: evenly, and in step with neither row nor picture.
+    With weights and bias of variance 1 a patch is P = (sqrt(V) p, sqrt(U)), and y = w . P. The
+    others are the traces of M, M^2 and M^3, M the mean of P P^T, and the mean of the fourth
+    cumulant of y over its variance.
     """
-    if of <= some:
-        return torch.arange(of)
-    golden = (math.sqrt(5) - 1) / 2
-    return (torch.arange(some).double() * golden).frac().mul(of).long().unique()
+    positions, n = count_positions(windows), windows[0, :, 0, 0].numel()
+    uniform = torch.tensor([bounded] * n + [True], device="cpu")
+
+    def scaled(p: Tensor) -> Tensor:
+        return F.pad(math.sqrt(V) * p.double(), (0, 0, 0, 1), value=math.sqrt(U))
+
+    M, N, vectors, patches = 0.0, 0.0, 0.0, []
+    for P in map(scaled, patches_of(windows)):
+        squares = P.square()
+        variance = squares.sum(0)
+        s = variance.sqrt().clamp_min(1e-70)
+        cumulant = KURTOSIS * squares[uniform].square().sum(0)
+        bent = s * P * (2 - cumulant / (12 * s**4)) + KURTOSIS / 3 * uniform[:, None] * P**3 / s
+        M, N = M + P @ P.T / positions, N + P / s @ P.T / positions
+        vectors = vectors + torch.stack([P.sum(1), (s * P).sum(1), bent.sum(1)]) / positions
+        patches.append((variance, cumulant, 3 * squares[uniform].amax(0)))
+    variance, cumulant, widest = (torch.cat(values) for values in zip(*patches, strict=True))
+    mean, by_size, bent = vectors
+
+    number, often = _sample(variance.sqrt(), some)
+    picture, row, column = torch.unravel_index(number, (len(windows), *windows.shape[2:4]))
+    sample = scaled(windows[picture, :, row, column].flatten(1).T)
+    others = variance.sqrt().sum() ** 2 - variance.sum()
+    rest = _rest_of_pairs(sample, often, uniform, others / positions**2, positions)
+    m, k = M.diagonal() * uniform, N.diagonal() * uniform
+    covariance = torch.zeros(4, 4, dtype=torch.float64, device="cpu")
+    covariance[0, 0] = mean @ mean
+    covariance[1, 1] = 2 / math.pi * ((N * N).sum() / 2 + KURTOSIS / 4 * k @ k + rest[0])
+    covariance[2, 2] = 2 * (M * M).sum() + KURTOSIS * m @ m
+    covariance[3, 3] = 2 / math.pi * (4 * by_size @ by_size + rest[2])
+    covariance[1, 2] = covariance[2, 1] = ROOT * ((M * N).sum() + KURTOSIS / 2 * m @ k + rest[1])
+    covariance[0, 3] = covariance[3, 0] = ROOT * bent @ mean
+    traces = [M.trace(), (M * M).sum(), (M @ M * M).sum()]
+    part = (cumulant / variance.clamp_min(1e-200)).mean()
+    mean_abs = _mean_abs(variance, cumulant, widest).mean()
+    expected = mean.new_tensor([0.0, mean_abs, M.trace(), 0.0])
+    return expected, covariance, torch.stack([*traces, part])
 
 
-def _pair_covariance(
-    p: Tensor, positions: int, V: float, U: float, c_w: float, c_b: float, var_square: float
-) -> Tensor:
-    """Return the covariance (4, 4) of one filter's means of y, |y|, y^2, y|y| over all patches.
+def _mean_abs(variance: Tensor, cumulant: Tensor, widest: Tensor) -> Tensor:
+    """Return E|y| of sums y of independent parts, by their variance and fourth cumulant.
 
-    From some of the patches, p of shape (n, k), and from the exact variance of the mean of y^2 for
-    Gaussian w and b. Two outputs y, y' have standard deviations s, s', correlation r and, where w
-    or b is not Gaussian, the joint cumulant c = sum_i c_w p_i^2 p'_i^2 + c_b. What is averaged
-    over all pairs is, exact for c = 0 and else with the leading term of c, which acts through the
-    second Hermite polynomials of y / s and y' / s',
-        Cov(|y|, |y'|)     = s s' 2/pi (sqrt(1 - r^2) + r asin r - 1) + c / (2 pi s s')
-        Cov(y^2, |y'|)     = s^2 s' sqrt(2/pi) r^2 + c / (sqrt(2 pi) s')
-        Cov(y|y|, y'|y'|)  = s^2 s'^2 2/pi (3 r sqrt(1 - r^2) + (1 + 2 r^2) asin r)
-        Cov(y|y|, y')      = s^2 s' sqrt(2/pi) 2 r
-    Odd functions of (w, b) do not covary with even ones.
+    The widest uniform part, on [-h, h] with h^2 = `widest`, is taken as it is, the others as
+    Gaussian but for the leading term of their fourth cumulant: with their sd t, q = h / t, and phi
+    the density of N(0, 1),
+        E|y| = t ((q + 1/q) / 2 erf(q / sqrt(2)) + phi(q)) - cumulant / (12 t^3) phi(q).
     """
-    k = p.shape[1]
-    root = math.sqrt(2 / math.pi)
-    K = V * (p.T @ p) + U
-    s = K.diagonal().sqrt()
-    ss = s.outer(s)
-    r = (K / ss.clamp_min(1e-300)).clamp(-1, 1)
-    root_1_r2, asin = (1 - r * r).sqrt(), r.asin()
-    square_by_abs = s.square().outer(s)
-    c = c_w * (p.T.square() @ p.square()) + c_b
+    t = (variance - widest / 3).clamp_min(1e-18 * widest + 1e-190).sqrt()
+    q = (widest.sqrt() / t).clamp_min(1e-6)
+    phi = (-q * q / 2).exp() / math.sqrt(2 * math.pi)
+    rest = cumulant - KURTOSIS * (widest / 3) ** 2
+    sizes = t * ((q + 1 / q) / 2 * torch.erf(q / math.sqrt(2)) + phi) - rest / (12 * t**3) * phi
+    return sizes.where(variance > 0, 0.0)
 
-    def mean(pairs: Tensor) -> float:
-        """Mean over all pairs of the data, of which a share 1/positions is one patch twice."""
-        same = pairs.diagonal().mean().item()
-        others = (pairs.mean().item() - same / k) / (1 - 1 / k) if k > 1 else same
-        return same / positions + others * (1 - 1 / positions)
 
-    # Few patches have a little more or less energy than all: scale by what is known of all
-    energy = (var_square / max(mean(2 * K * K), 1e-300)) ** 0.25
-    covariance = torch.zeros(4, 4, dtype=torch.float64)
-    covariance[1, 1] = energy**2 * mean(
-        ss * 2 / math.pi * (root_1_r2 + r * asin - 1) + c / ss.clamp_min(1e-300) / (2 * math.pi)
-    )
-    covariance[3, 3] = energy**4 * mean(
-        ss**2 * 2 / math.pi * (3 * r * root_1_r2 + (1 + 2 * r * r) * asin)
-    )
-    covariance[1, 2] = covariance[2, 1] = energy**3 * mean(
-        square_by_abs * root * r * r + c / s.clamp_min(1e-300) * root / 2
-    )
-    covariance[0, 3] = covariance[3, 0] = energy**3 * mean(square_by_abs * root * 2 * r)
-    return covariance
+def _sample(size: Tensor, some: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of about `some` patches or of all, and how many each stands for.
+
+    A patch is taken with a probability that grows with its size, the largest surely. By multiples
+    of the golden ratio, in step with neither row nor picture.
+    """
+    size = size.clamp_min(1e-70)
+    if len(size) <= some:
+        return torch.arange(len(size), device=size.device), torch.ones_like(size)
+    share = some / 2 * (size / size.mean() + size.square() / size.square().mean()) / len(size)
+    for _ in range(20):  # until the shares below 1 add up to what those above leave
+        sure = share >= 1
+        share = torch.where(sure, 1.0, share * (some - sure.sum()) / share[~sure].sum())
+    steps = torch.where(sure, 0.0, share).cumsum(0)
+    strata = torch.arange(round(steps[-1].item()), device=size.device).double()
+    points = strata + (strata * (math.sqrt(5) - 1) / 2).frac()
+    picked = torch.searchsorted(steps, points, right=True).clamp_max(len(size) - 1)
+    counts = torch.bincount(picked, minlength=len(size)) + sure
+    number = counts.nonzero().flatten()
+    return number, counts[number] / share[number]
+
+
+def _rest_of_pairs(
+    P: Tensor, often: Tensor, uniform: Tensor, others: float, positions: int
+) -> list[float]:
+    """Return what pairs of patches, from a sample, add to what sums over all patches tell exactly.
+
+    Two outputs y, y' of one filter have standard deviations s, s', correlation r and, as w and b
+    are not Gaussian, the cumulants k22 = KURTOSIS sum P_i^2 P'_i^2 / (s^2 s'^2), k31, k40 and k42
+    likewise, the sums over the uniform ones. With w = sqrt(1 - r^2),
+        Cov(|y|, |y'|) = 2/pi s s' (w + r asin r - 1 + k40 (r^2/w - w + 1) / 12 - k31 r/w / 3
+                         + k22/w / 4 + w (k22^2 / 32 + k22 k40 / 16 - k42 / 24))
+        Cov(y^2, |y'|) = sqrt(2/pi) s^2 s' (r^2 + k22 / 2 - k13 r / 3 + k04 r^2 / 8
+                         + w (k22 k04 / 16 - k24 / 24))
+        Cov(y|y|, y'|y'|) = 2/pi s^2 s'^2 (3 r w + (1 + 2 r^2) asin r + k22 asin r + 4/3 w k31
+                            - r w k40 / 3)
+        Cov(y|y|, y') = sqrt(2/pi) s^2 s' (2 r + k31 / 3 - k40 r / 12)
+    on average over both orders of the pair. The terms in one k come from those of Gaussian w and b,
+    differentiated twice by the covariances; those in two k or a sixth cumulant, which count where r
+    is small, are those of r = 0. Odd functions of (w, b) do not covary with even ones.
+    """
+    s = P.square().sum(0).sqrt().clamp_min(1e-70)
+    z = P / s
+    r, ss = (z.T @ z).clamp(-1, 1), s.outer(s)
+    w, asin = (1 - r * r).sqrt(), r.asin()
+    over_w = 1 / w.clamp_min(1e-4)
+    z = z[uniform]
+    k22 = KURTOSIS * z.square().T @ z.square()
+    k31, k42 = KURTOSIS * (z**3).T @ z, SIXTH * (z**4).T @ z.square()
+    k40 = k22.diagonal()[:, None]
+    pairs = often.outer(often).fill_diagonal_(0)
+    scale = others / (pairs * ss).sum().clamp_min(1e-300)
+
+    def mean(values: Tensor) -> float:
+        """Mean over all pairs of the data, of which a share 1 / positions is one patch twice."""
+        same = often @ values.diagonal() / positions**2
+        return same.item() + (scale * (pairs * values).sum()).item()
+
+    even = w + r * asin - 1 - r * r / 2 + k40 * (r * r * over_w - w + 1) / 12 - k31 * r * over_w / 3
+    even += k22 * (over_w - 1) / 4 + w * (k22 * k22 / 32 + k22 * k40 / 16 - k42 / 24)
+    mixed = w * (k22 * k40 / 16 - k42 / 24) - k31 * r / 3 + k40 * r * r / 8
+    odd = 3 * r * w + (1 + 2 * r * r) * asin - 4 * r
+    odd += k22 * asin + 4 / 3 * w * k31 - r * w * k40 / 3
+    return [mean(ss * even), mean(ss * s * mixed), mean(ss * ss * odd)]

@@ -25,6 +25,7 @@ LAYERS = {
     "ConvTranspose2d": lambda **kw: nn.ConvTranspose2d(4, 6, 3, groups=2, **kw),
     "ConvTranspose3d": lambda **kw: nn.ConvTranspose3d(2, 3, 2, **kw),
 }
+slope_for = {s: {"a": 0.3} if s.startswith("kaiming") else {} for s in SCHEMES}
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 lazy = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -55,7 +56,8 @@ def torch_draws(shape, scheme, a, mode, g, dtype=torch.float32):
 
 def snapshot(module):
     parts = [*module.named_parameters(), *module.named_buffers()]
-    return {k: v.detach().clone() for k, v in parts if not nn.parameter.is_lazy(v)}
+    unreal = [v for _, v in parts if nn.parameter.is_lazy(v) or v.is_meta]
+    return {k: v.detach().clone() for k, v in parts if all(v is not u for u in unreal)}
 
 
 def assert_same(module, before):
@@ -150,7 +152,7 @@ def test_gain_refuses_an_activation(activation, message):
     layer = nn.Linear(3, 4)
     before = snapshot(layer)
     with pytest.raises(ValueError, match=message):
-        initialize_(layer, "default", a=activation)
+        initialize_(layer, "kaiming_normal", a=activation)
     assert_same(layer, before)
 
 
@@ -198,9 +200,43 @@ def test_fans_refuse(shape):
 @pytest.mark.parametrize("mode", ["fan_in", "fan_out"])
 def test_weights_are_those_of_torch(make, scheme, mode):
     layer = make()
-    initialize_(layer, scheme, a=0.3, mode=mode, generator=generator())
+    initialize_(layer, scheme, mode=mode, generator=generator(), **slope_for[scheme])
     expected = torch_draws(layer.weight.shape, scheme, 0.3, mode, generator())
     assert torch.equal(layer.weight, expected)
+
+
+@every_layer
+@pytest.mark.parametrize("scheme", ["xavier_normal", "xavier_uniform", "orthogonal"])
+def test_gain_is_an_argument_of_torch(make, scheme):
+    layer = initialize_(make(), scheme, generator=generator(), gain=math.sqrt(2))
+    expected = torch.empty(layer.weight.shape)
+    getattr(nn.init, scheme + "_")(expected, gain=math.sqrt(2), generator=generator())
+    assert torch.equal(layer.weight, expected)
+
+
+def test_bfloat16():
+    layer = nn.Conv2d(3, 8, 5, dtype=torch.bfloat16)
+    initialize_(layer, "kaiming_normal", generator=generator())
+    expected = torch_draws(
+        (8, 3, 5, 5), "kaiming_normal", 0.0, "fan_in", generator(), torch.bfloat16
+    )
+    assert torch.equal(layer.weight, expected)
+
+
+def test_a_default_device_changes_nothing():
+    expected = initialize_(nn.Linear(3, 4), "kaiming_normal", a=F.gelu, generator=0)
+    layer = nn.Linear(3, 4)
+    with torch.device("meta"):
+        initialize_(layer, "kaiming_normal", a=F.gelu, generator=0)
+    assert torch.equal(layer.weight, expected.weight)
+
+
+def test_what_is_kept_of_an_attention():
+    attention = nn.MultiheadAttention(8, 2)
+    before = snapshot(attention)
+    initialize_(attention, "kaiming_normal", bias="default", generator=generator())
+    changed = {k for k, v in attention.named_parameters() if not torch.equal(v, before[k])}
+    assert changed == {"out_proj.weight", "out_proj.bias"}
 
 
 def test_a_is_a_relu_and_mode_fan_in_by_default():
@@ -212,7 +248,7 @@ def test_a_is_a_relu_and_mode_fan_in_by_default():
 @every_scheme
 def test_float64(scheme):
     layer = nn.Conv2d(3, 8, 5, dtype=torch.float64)
-    initialize_(layer, scheme, a=0.3, generator=generator())
+    initialize_(layer, scheme, generator=generator(), **slope_for[scheme])
     expected = torch_draws((8, 3, 5, 5), scheme, 0.3, "fan_in", generator(), torch.float64)
     assert torch.equal(layer.weight, expected)
 
@@ -220,7 +256,7 @@ def test_float64(scheme):
 @every_scheme
 def test_channels_last_draws_as_contiguous(scheme):
     layer = nn.Conv2d(3, 8, 5).to(memory_format=torch.channels_last)
-    initialize_(layer, scheme, a=0.3, generator=generator())
+    initialize_(layer, scheme, generator=generator(), **slope_for[scheme])
     assert torch.equal(layer.weight, torch_draws((8, 3, 5, 5), scheme, 0.3, "fan_in", generator()))
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -327,9 +363,15 @@ def test_other_layers_kept():
         ({"scheme": "he"}, "unknown scheme 'he'; known are default, kaiming_normal"),
         ({"mode": "fan_avg"}, "unknown mode 'fan_avg'; known are fan_in, fan_out"),
         ({"bias": "ones"}, "unknown bias 'ones'; known are keep, zeros, default"),
-        ({"a": math.nan}, "must be finite, got nan"),
-        ({"a": math.inf}, "must be finite, got inf"),
-        ({"scheme": "orthogonal", "a": -math.inf}, "must be finite, got -inf"),
+        ({"scheme": "kaiming_normal", "a": math.nan}, "must be finite, got nan"),
+        ({"scheme": "kaiming_uniform", "a": math.inf}, "must be finite, got inf"),
+        ({"a": 0.0}, "'default' assumes no slope: leave out a = 0.0"),
+        ({"scheme": "xavier_uniform", "a": 0.0}, "'xavier_uniform' assumes no slope"),
+        ({"scheme": "orthogonal", "a": 1.0}, "'orthogonal' assumes no slope"),
+        ({"gain": 1.0}, "'default' has its own gain: leave out gain = 1.0"),
+        ({"scheme": "kaiming_normal", "gain": 2.0}, "'kaiming_normal' has its own gain"),
+        ({"scheme": "orthogonal", "gain": 0.0}, "must be positive and finite, got 0.0"),
+        ({"scheme": "xavier_normal", "gain": math.nan}, "must be positive and finite, got nan"),
     ],
 )
 def test_wrong_options_change_nothing(options, message):
@@ -359,6 +401,7 @@ def test_nothing_to_initialise(make):
         (lambda: parametrizations.orthogonal(nn.Linear(3, 4)), "computed"),
         (lambda: parametrizations.spectral_norm(nn.Conv2d(1, 2, 3)), "computed"),
         (lambda: spectral_norm(nn.Conv2d(1, 2, 3)), "computed"),
+        (lambda: nn.Linear(3, 4, device="meta"), "on the meta device"),
     ],
 )
 def test_impossible_layers_change_nothing(make, message):

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
 from initlab import DrawnMoments, PredictedMoments, Stats, stats
+from initlab.moments import _root
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EPS = torch.finfo(torch.float64).eps
@@ -115,7 +118,7 @@ TOLD = PredictedMoments(0.0, 1.0, 2.0, 0.1, 0.01, 0.001)
 def test_moments_print():
     told = PredictedMoments(-0.00001, 1.25, 1.5, 0.1, 0.2, 0.3)
     assert repr(told) == "mean 0.0000 ± 0.1000, std 1.2500 ± 0.2000, rms 1.5000 ± 0.3000"
-    assert repr(DrawnMoments(*told, n=7)) == repr(told)
+    assert repr(DrawnMoments(*told[:6], n=7)) == repr(told)
 
 
 @pytest.mark.parametrize("n", [1, 4, 10_000])
@@ -143,3 +146,24 @@ def test_covers(n, mean, std, rms, covered):
 def test_only_what_was_measured_is_covered(measured):
     with pytest.raises(TypeError, match="only what was measured"):
         TOLD.covers(measured)
+
+
+def test_nothing_is_covered_in_doubt():
+    with pytest.raises(ValueError, match="not known: two numbers"):
+        TOLD._replace(doubt="two numbers").covers(Stats(0.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize("k", [0.5, 1.0, 3.0, 40.0, 1e5, 1e8])
+@pytest.mark.parametrize("constant", [0.0, 0.5])
+def test_root_of_a_shifted_gamma_number(k, constant):
+    """Of shape k: by its closed form, or by many quantiles if it is shifted."""
+    gamma = scipy.stats.gamma(k, loc=constant * k)
+    mean, variance = gamma.mean(), gamma.var()
+    skew = gamma.stats("s") / (2 * math.sqrt(variance) / mean)
+    root, sd = _root(mean, variance, float(skew))
+    if k < 1e4:
+        expected = gamma.expect(np.sqrt)
+        assert root == pytest.approx(expected, rel=1e-6)
+        assert sd == pytest.approx(math.sqrt(mean - expected**2), rel=1e-4)
+    else:
+        assert sd == pytest.approx(math.sqrt(variance / mean) / 2, rel=1e-4)

@@ -7,7 +7,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from lsuv import lsuv_with_singlebatch
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -47,17 +46,22 @@ def build(run: Run) -> nn.Module:
                 pooled=2,
             )
         if run.scheme == "lsuv":
+            from lsuv import lsuv_with_singlebatch  # not needed otherwise
+
             pictures = _data(run.data).x_train[:500]
             lsuv_with_singlebatch(model, pictures, verbose=False)
             return model.train().to(memory_format=torch.channels_last)
-    a = 1.0 if run.gain else run.a
     generator = Generator().manual_seed(run.seed)
-    initialize_(model, run.scheme, a, run.mode, run.bias, generator)
+    told: dict[str, Any] = {}
+    if run.scheme.startswith("kaiming"):
+        told = {"a": 1.0 if run.gain else run.a, "mode": run.mode}
+    elif run.scheme != "default":
+        told = {"gain": gain(run.a)}
+    initialize_(model, run.scheme, bias=run.bias, generator=generator, **told)
     with torch.no_grad():
-        if run.gain or run.scheme.startswith(("xavier", "orthogonal")):  # which take no slope
-            for layer in model.modules():
-                if isinstance(layer, nn.Conv2d | nn.Linear):
-                    layer.weight *= run.gain or gain(run.a)
+        for layer in model.modules():
+            if run.gain and isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.weight *= run.gain
         for block in model.modules():
             if run.zeroed and isinstance(block, Residual):
                 nn.init.zeros_(block[-1].weight)
