@@ -33,8 +33,8 @@ OTHER_VALUES = """
 06 seed=1; slope=0.3; pairs=((0.7, 0.7),); depth=1; n_draws=3; n_nets=5
 06 seed=77; slope=1.5; depth=35; n_draws=210; n_nets=1; pairs=(
     (1.5, 0.3), (0.0, 0.0), (0.3, 0.0), (1.5, 0.0), (0.0, 0.3))
-05 seed=1; slope=0.3; max_slope=0.5; n_draws=3
-05 seed=77; slope=1.5; max_slope=3.0; n_draws=1010
+05 seed=1; n_draws=3
+05 seed=77; n_draws=1010
 04 seed=1; slope=0.3; init_slopes=(0.3, 0.7, 1.5, 4); act_slopes=(0.3, 1.5); n_draws=3
 04 seed=77; slope=1.5; n_draws=220; init_slopes=(0.7,); act_slopes=(
     0.0, 0.25, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
