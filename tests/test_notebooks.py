@@ -42,8 +42,8 @@ OTHER_VALUES = """
 03 seed=77; slopes=(0.3,); n_draws=320; n_runs=30
 02 seed=1; slopes=(0.3, 0.7, 1.5, 4); n_draws=3
 02 seed=77; slopes=(0.3,); n_draws=320
-01 seed=1; slopes=(0.3, 0.7, 1.5, 4); n_draws=3
-01 seed=77; slopes=(0.3,); n_draws=320
+01 seed=1; n_draws=3
+01 seed=77; n_draws=320
 """
 OTHER_VALUES = re.split(r"\n(?=\d)", OTHER_VALUES.strip())
 
