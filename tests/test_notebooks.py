@@ -35,9 +35,8 @@ OTHER_VALUES = """
     (1.5, 0.3), (0.0, 0.0), (0.3, 0.0), (1.5, 0.0), (0.0, 0.3))
 05 seed=1; n_draws=3
 05 seed=77; n_draws=1010
-04 seed=1; slope=0.3; init_slopes=(0.3, 0.7, 1.5, 4); act_slopes=(0.3, 1.5); n_draws=3
-04 seed=77; slope=1.5; n_draws=220; init_slopes=(0.7,); act_slopes=(
-    0.0, 0.25, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+04 seed=1; slope=0.3; n_draws=3
+04 seed=77; slope=1.5; n_draws=220
 03 seed=1; slopes=(0.3, 0.7, 1.5, 4); n_draws=3; n_runs=2
 03 seed=77; slopes=(0.3,); n_draws=320; n_runs=30
 02 seed=1; slopes=(0.3, 0.7, 1.5, 4); n_draws=3
