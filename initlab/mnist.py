@@ -18,14 +18,12 @@ from urllib.request import urlopen
 import torch
 from torch import Tensor
 
-N_PICTURES = 60_000
 CHUNK = 2500  # pictures normalised at a time: 8 MB, so that the second step finds them in cache
-NAMES = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
+NAMES = [
+    f"{part}-{kind}-ubyte.gz"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+]
 SHA256 = {  # of the four files, unpacked: they have been packed in more than one way
     "MNIST": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -48,16 +46,9 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fas
 class Splits(NamedTuple):
     """The pictures of a data set, the training file's split in file order, all on one scale.
 
-    Attributes:
-        x_train: Pictures, float32, (n_train, 1, 28, 28) in N, C, H, W; no unit: pixels scaled to
-            0..1, less `mean`, over `std`, so `x_train` has mean 0 and standard deviation 1.
-        y_train: Classes 0 to 9, int64, (n_train,).
-        x_valid: The other 60,000 - n_train pictures.
-        y_valid: Their classes.
-        mean: Mean of the training part's pixels before, on the scale 0..1.
-        std: Their standard deviation (unbiased, as `torch.std`) before, on the scale 0..1.
-        x_test: The 10,000 test pictures.
-        y_test: Their classes.
+    Pictures are float32 (n, 1, 28, 28), in N, C, H, W: pixels on the scale 0..1, less `mean`, over
+    `std`, which are those of `x_train` before (unbiased, as `torch.std`). Classes are int64 (n,),
+    0 to 9. The validation part has the other 60,000 - n_train pictures, the test part 10,000.
     """
 
     x_train: Tensor
@@ -81,10 +72,9 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
         n_train: How many pictures go to the training part, 1 to 59,999.
 
     Raises:
-        TypeError: If `n_train` is not a whole number.
-        ValueError: If `n_train` is not within 1..59,999.
-        FileNotFoundError: If a file is missing or damaged and cannot be downloaded, saying what
-            to do.
+        TypeError: `n_train` is not a whole number.
+        ValueError: `n_train` is not within 1..59,999.
+        FileNotFoundError: A file is missing or damaged and cannot be downloaded.
 
     Example:
         >>> mnist = load_mnist()
@@ -112,8 +102,8 @@ def _load(
     if isinstance(n_train, bool):
         raise TypeError("n_train must be a whole number, not a bool")
     n_train = index(n_train)
-    if not 1 <= n_train < N_PICTURES:
-        raise ValueError(f"n_train must be within 1..{N_PICTURES - 1:,}, got {n_train:,}")
+    if not 1 <= n_train < 60_000:
+        raise ValueError(f"n_train must be within 1..59,999, got {n_train:,}")
     root = Path(root or os.environ.get("INITLAB_DATA") or REPOSITORY / "data").expanduser()
     folders = [root / name / "raw", *more]
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
