@@ -3,12 +3,11 @@
 import argparse
 import sys
 
-from initlab import sweep, tracing
+from initlab import sweep
 
 parser = argparse.ArgumentParser(prog="python -m initlab")
 commands = parser.add_subparsers(required=True)
 sweep.add_command(commands)
-tracing.add_command(commands)
 
 if __name__ == "__main__":
     args = parser.parse_args()
