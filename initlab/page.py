@@ -2,13 +2,11 @@
 
 import base64
 import io
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image

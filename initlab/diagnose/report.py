@@ -1,8 +1,7 @@
 """A trace that prints as a verdict and a table, and that can be drawn."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from initlab.diagnose.watch import watched
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 LABELS = {"signal": "std across inputs", "grad_rms": "rms of the gradient"}
 
@@ -22,7 +20,7 @@ LABELS = {"signal": "std across inputs", "grad_rms": "rms of the gradient"}
 class Trace(list[LayerTrace]):
     """A list of `LayerTrace`, in the order of execution, that prints as a verdict and a table."""
 
-    info: Mapping[str, Any] = {}  # noqa: RUF012 what else was seen; never changed
+    info: Mapping[str, Any] = {}
 
     def problems(self) -> list[Problem]:
         """Return what is wrong, first cause first; see `initlab.diagnose.verdict` for the limits.
@@ -36,6 +34,7 @@ class Trace(list[LayerTrace]):
         """
         return diagnose(self, self.info)
 
+    @property
     def seen(self) -> str:
         """Say which share of the weights (of 2 dimensions or more) was seen to multiply data."""
         sizes = self.info.get("sizes", {})
@@ -88,7 +87,7 @@ class Trace(list[LayerTrace]):
                     f"... {len(run)} rows, rms {number(min(sizes))} to {number(max(sizes))}"
                 )
         count = f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found"
-        first = "; ".join(filter(None, (count, self.seen())))
+        first = "; ".join(filter(None, (count, self.seen)))
         return "\n".join([first, *map(str, problems), "", *folded])
 
 

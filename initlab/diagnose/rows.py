@@ -85,6 +85,8 @@ class LayerTrace:
         op: Name of the operation.
         parents: Indices of the rows that feed it, by way of whatever holds no row.
         weights: What it multiplied by.
+        memory: Of a recurrent layer, by how much a gradient from its last step has changed at the
+            first; None where that was not measured.
         idle: Whether it is a BatchNorm whose running statistics are those of its start.
     """
 
@@ -106,6 +108,7 @@ class LayerTrace:
     op: str = field(default="", repr=False)
     parents: tuple[int, ...] = field(default=(), repr=False)
     weights: tuple[Weight, ...] = field(default=(), repr=False)
+    memory: float | None = field(default=None, repr=False)
     idle: bool = field(default=False, repr=False)
 
 

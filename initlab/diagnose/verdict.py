@@ -6,6 +6,7 @@ signal is largest, and begins anew at inputs, embeddings, recurrent layers and n
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,11 @@ SDS = 5
 SLACK = 2.0
 # One layer's factor over the median layer's.
 LEAP = math.log(30)
+# The same for layers whose weights have one shape, before the spread that their width allows.
+LIKE = math.log(4)
 # In a plain net of ReLU and BatchNorm in train mode the gradient's norm grows by 1.21 a layer on
 # its way back, sqrt(pi / (pi - 1)): Yang et al. 2019, A mean field theory of batch normalization.
 NORM_GROWTH = math.log(math.pi / (math.pi - 1)) / 2
-# A residual branch whose stream is more than 10 times as large may be small on purpose: the
-# middle, on a log scale, of 1 (no stream) and 100 (a stream of rms 1, a branch times 0.01).
-STREAM = 10
 INPUT = 30  # how far from 1 the rms of the input may be
 LOUD = 10  # the rms of the output: a softmax of such numbers is all but certain, of one class
 FORGOTTEN = 1e-12  # what is left, after all steps, of a gradient to the first one
@@ -75,7 +75,7 @@ class Graph:
                 given = given_size(e)
             if not resets and given > 0:
                 level += log(size(e)) - log(given)
-            self.main.append(main if not resets or e.role == "norm" else None)
+            self.main.append(main)
             self.level.append(level)
             self.walk.append(walk + (5 / (4 * e.features) if e.role == "layer" else 0))
             self.active.append(active + (e.role == "activation"))
@@ -99,10 +99,10 @@ class Graph:
         return bool(after) and all(e.role == "norm" and len(e.parents) == 1 for e in after)
 
     def joined(self, i: int) -> bool:
-        """Whether something far larger meets row i wherever it goes, or nothing comes after it."""
-        end = self.rows[self.end(i)]
-        after = [self.rows[c] for c in self.children[self.end(i)]]
-        return all(given_size(e) > STREAM * size(end) or e.in_rms > STREAM * end.rms for e in after)
+        """Whether row i meets something larger wherever it goes, or nothing comes after it."""
+        end = self.end(i)
+        after = self.children[end]
+        return all(len(self.rows[c].parents) > 1 and self.main[c] != end for c in after)
 
     def path(self, i: int | None) -> list[int]:
         """Return the rows from the start of the data's path to row i."""
@@ -240,10 +240,15 @@ def _mean(g: Graph) -> Found:
 
 def _input(g: Graph) -> Found:
     for i, e in enumerate(g.rows):
-        if e.role == "layer" and not e.parents and e.in_rms > 0 and not g.normed(i):
-            if not 1 / INPUT <= e.in_rms <= INPUT:
+        picked = [g.rows[p] for p in e.parents]
+        if e.role == "layer" and e.in_rms > 0 and not 1 / INPUT <= e.in_rms <= INPUT:
+            if not picked and not g.normed(i):
                 reason = f"The input has an rms of {e.in_rms:.3g}."
                 return i, Problem(e.name, "input scale", e.in_rms, reason)
+            if picked and all(p.role == "mixer" and not p.in_rms > 0 for p in picked):
+                worst = max(picked, key=lambda p: abs(log(p.rms)))
+                reason = f"Its output has an rms of {worst.rms:.3g}."
+                return i, Problem(worst.name, "scale", worst.rms, reason)
     return None
 
 
@@ -254,11 +259,17 @@ def _forward(g: Graph) -> Found:
     scaled = g.scaled()
     for i in scaled:
         end = g.end(i)
+        segment = g.segment(i)
         level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
-        low = -limit - relu_loss(g.active[end], 1.0)
+        # After a norm the next layer may be small by custom, as with a std of 0.02 at any width.
+        low = -max(
+            limit,
+            LEAP if g.rows[segment[0]].role != "layer" or g.main[segment[0]] is not None else 0.0,
+        )
+        low -= relu_loss(g.active[end], 1.0)
         if low <= level <= limit or (level < 0 and g.joined(i)):
             continue
-        on = [j for j in g.segment(i) if j in scaled]
+        on = [j for j in segment if j in scaled]
         by = [(g.factor(j), j) for j in on if level > 0 or not g.joined(j)]
         if culprits := _culprits(by, level):
             (factor, row), kind = culprits[0], "shrinks" if level < 0 else "grows"
@@ -272,10 +283,17 @@ def _forward(g: Graph) -> Found:
             lines = "\n".join(filter(None, (fix(g, j) for _, j in culprits[:2])))
             return row, Problem(g.rows[row].name, kind, math.exp(value), reason, lines)
     middle = statistics.median(map(g.factor, scaled)) if len(scaled) > 2 else 0.0
+    alike = defaultdict(list)
     for i in scaled:
-        change = g.factor(i)
-        if change - middle > LEAP or (change - middle < -LEAP and not g.joined(i)):
-            reason = f"The signal {times(change)} here, in the median layer it {times(middle)}."
+        alike[like(g.rows[i])].append(g.factor(i))
+    for i in scaled:
+        change, same = g.factor(i), alike[like(g.rows[i])]
+        usual, limit, what = middle, LEAP, "the median layer"
+        if len(same) > 3:
+            usual, what = statistics.median(same), f"the median of {len(same)} layers like it"
+            limit = LIKE + SDS * math.sqrt(5 / (4 * g.rows[i].features))
+        if change - usual > limit or (change - usual < -limit and not g.joined(i)):
+            reason = f"The signal {times(change)} here, in {what} it {times(usual)}."
             return i, Problem(g.rows[i].name, "scale", math.exp(change), reason, fix(g, i))
     return _output(g)
 
@@ -347,6 +365,13 @@ def _reached(g: Graph) -> Problem | None:
 
 
 def _memory(g: Graph) -> Problem | None:
+    """Find a recurrent layer whose last step tells nothing of its first, or too much."""
+    for e in g.rows:
+        if e.memory is not None and not FORGOTTEN <= e.memory <= 1 / math.sqrt(FORGOTTEN):
+            change = log(e.memory)
+            kind = "forgets" if change < 0 else "gradient explodes"
+            reason = f"From its last step to its first a gradient {times(change)}."
+            return Problem(e.name, kind, e.memory, reason)
     return None
 
 
@@ -425,6 +450,11 @@ def relu_loss(layers: int, share: float) -> float:
         t = math.acos(min(cosine, 1.0))
         cosine = (math.sin(t) + (math.pi - t) * math.cos(t)) / math.pi
     return log(share) - log(1 - cosine) / 2
+
+
+def like(e: LayerTrace) -> tuple:
+    """Return what layers have in common whose weights are drawn on one scale."""
+    return e.op, tuple((w.numel, w.fan_in) for w in e.weights)
 
 
 def share_of(g: Graph) -> float:

@@ -126,7 +126,7 @@ class Flow(TorchDispatchMode):
         for t in (
             self.written(schema, args, kwargs) if schema and schema.is_mutable else tensors(out)
         ):
-            if schema and schema.is_mutable or _key(t) not in before:  # views stay what they were
+            if (schema and schema.is_mutable) or _key(t) not in before:  # views stay what they were
                 self.kinds[_key(t)] = new if t.is_floating_point() or new is None else _whole(new)
         if row is not None and (y := first_float(out)) is not None:
             self.complete(row, y)
@@ -190,7 +190,6 @@ class Flow(TorchDispatchMode):
         """Return what is known of a weight; measured once."""
         if (key := (names, tuple(t.shape))) in self.weights:
             return self.weights[key]
-        t = t.detach()
         if "conv" in op:
             transposed = len(args) > 6 and args[6] is True
             units = (t.transpose(0, 1) if transposed else t).flatten(1)
@@ -205,7 +204,9 @@ class Flow(TorchDispatchMode):
         else:
             units = t.flatten(1)
             fan_in = units.shape[1]
-        return self.weights.setdefault(key, _facts(names, units, fan_in, self.trains(names)))
+        return self.weights.setdefault(
+            key, _facts(names, units.detach(), fan_in, self.trains(names))
+        )
 
     def trains(self, names: Names) -> bool:
         return any(self.parameters[n].requires_grad for n in names)
@@ -271,6 +272,8 @@ class Watch(TorchFunctionMode):
             flow.paused = True
             if flow.group is not None:
                 self.recur(name, out)
+                if torch.is_grad_enabled() and len(flow.rows) > start:
+                    flow.rows[-1]["memory"] = _memory(func, args, kwargs)
             flow.settle(start, name, out)
         finally:
             flow.paused, flow.group, flow.as_data = False, None, None
@@ -543,7 +546,10 @@ def _passes(v: Tensor, origin: Tensor | None) -> tuple[Tensor, Tensor]:
         block = flat.view(part.shape).copy_(part)
         if origin is not None:
             block -= origin[start : start + width].to(block)
-        torch.mv(block.t(), share, out=means[start : start + width])
+        if n > 1:
+            torch.mv(block.t(), share, out=means[start : start + width])
+        else:
+            means[start : start + width] = flat
         total += torch.dot(flat, flat)
     return means, total
 
@@ -565,6 +571,24 @@ def _by_input(y: Tensor, n: int) -> Tensor:
     # In the order of memory, which needs no copy
     y = y.permute(0, *sorted(range(1, y.dim()), key=lambda d: -y.stride(d)))
     return y.reshape(n, -1)
+
+
+def _memory(func: Callable, args: tuple, kwargs: dict) -> float | None:
+    """Return the rms of a gradient from the last step at the first step, over that at the last.
+
+    None for cells, for packed sequences and for a single step.
+    """
+    x, batch_first = args[0], args[-1]
+    if not isinstance(batch_first, bool) or x.dim() != 3:
+        return None
+    steps = 1 if batch_first else 0
+    x = x.detach().requires_grad_()
+    last = func(x, *args[1:], **kwargs)[0].select(steps, -1)
+    last = last[:, : last.shape[1] // (2 if args[-2] else 1)]  # forward in time
+    weights = torch.randn(last.shape, generator=torch.Generator().manual_seed(0)).to(last)
+    (grad,) = torch.autograd.grad((last * weights).sum(), x)
+    now = rms(grad.select(steps, -1))
+    return rms(grad.select(steps, 0)) / now if x.shape[steps] > 1 and now else None
 
 
 def _facts(names: Names, units: Tensor, fan_in: int, trains: bool) -> Weight:
