@@ -41,7 +41,8 @@ class Weight:
         kurtosis: Their excess kurtosis: 0 if normal, -1.2 if uniform.
         equal: Whether all of its units, of 2 or more, are the same.
         trains: Whether one of its parameters requires a gradient.
-        grad_rms: Rms of the first parameter's gradient over all its uses; None without one.
+        grad_rms: Rms of the gradient over all uses, the largest of these parameters' own; None
+            without one.
     """
 
     names: tuple[str, ...]
@@ -87,6 +88,7 @@ class LayerTrace:
         weights: What it multiplied by.
         memory: Of a recurrent layer, by how much a gradient from its last step has changed at the
             first; None where that was not measured.
+        learned: Whether what it was given is made from parameters alone, as learned tokens are.
         idle: Whether it is a BatchNorm whose running statistics are those of its start.
     """
 
@@ -109,6 +111,7 @@ class LayerTrace:
     parents: tuple[int, ...] = field(default=(), repr=False)
     weights: tuple[Weight, ...] = field(default=(), repr=False)
     memory: float | None = field(default=None, repr=False)
+    learned: bool = field(default=False, repr=False)
     idle: bool = field(default=False, repr=False)
 
 

@@ -242,7 +242,7 @@ def _input(g: Graph) -> Found:
     for i, e in enumerate(g.rows):
         picked = [g.rows[p] for p in e.parents]
         if e.role == "layer" and e.in_rms > 0 and not 1 / INPUT <= e.in_rms <= INPUT:
-            if not picked and not g.normed(i):
+            if not picked and not e.learned and not g.normed(i):
                 reason = f"The input has an rms of {e.in_rms:.3g}."
                 return i, Problem(e.name, "input scale", e.in_rms, reason)
             if picked and all(p.role == "mixer" and not p.in_rms > 0 for p in picked):
@@ -352,11 +352,13 @@ def _reached(g: Graph) -> Problem | None:
         if (i := todo.pop()) not in ancestors and i < len(g.rows):
             ancestors.add(i)
             todo += g.rows[i].parents
+    # A zero that gets a gradient wakes the zeros before it.
+    wakes = any(w.grad_rms and w.mean == w.std == 0 for e in g.rows for w in e.weights)
     for i in sorted(ancestors):
         e = g.rows[i]
         for w in e.weights:
             cut = w.grad_rms is None
-            stuck = w.grad_rms == 0 and w.mean == w.std == 0
+            stuck = not wakes and w.grad_rms == 0 and w.mean == w.std == 0
             if w.trains and (cut or stuck):
                 what = "no gradient" if cut else "a gradient of 0, and is 0"
                 reason = f"{w.names[0]} gets {what}, though the loss is computed from it."

@@ -175,6 +175,7 @@ class Flow(TorchDispatchMode):
             size = measured(x, self.n)
             row |= {"in_rms": size["rms"], "in_signal": size["signal"]}
         module = self.running[-1] if self.running else None
+        row["learned"] = self.as_data is not None and _key(data[0][0]) == self.as_data
         return row | {"op": op, "module": module, "clipped": op == "hardtanh" and args[1:2] != (0,)}
 
     def weight(self, op: str, args: tuple, given: list) -> tuple[Tensor, Names] | None:
@@ -463,14 +464,17 @@ def _named(flow: Flow, grads: dict[str, float]) -> list[LayerTrace]:
         row["name"] = name + (f"#{calls[name]}" if calls[name] > 1 else "")
         row["kind"], row["parents"] = kind, tuple(sorted(row["parents"]))
         weights = tuple(
-            dataclasses.replace(w, grad_rms=grads.get(w.names[0])) for w in row.get("weights", ())
+            dataclasses.replace(w, grad_rms=max(found))
+            if (found := [grads[n] for n in w.names if n in grads])
+            else w
+            for w in row.get("weights", ())
         )
         row["weights"] = weights
         own = row["module"]._parameters.get("weight") if row["module"] is not None else None
         slope = next((n for n, p in flow.parameters.items() if p is own), "") if not weights else ""
         graded = weights[0] if weights else None
         if graded is not None and graded.trains:
-            row["weight_grad_rms"] = graded.grad_rms
+            row["weight_grad_rms"] = grads.get(graded.names[0])
         elif slope and flow.trains((slope,)):
             row["weight_grad_rms"] = grads.get(slope)
         rows.append(LayerTrace(**{k: v for k, v in row.items() if k in fields}))
@@ -598,9 +602,10 @@ def _facts(names: Names, units: Tensor, fan_in: int, trains: bool) -> Weight:
     sample = flat[:: (count >> 18) | 1].double()
     mean, std = sample.mean().item(), sample.std(correction=0).item()
     z = (sample - mean) / std if std > 0 else sample
-    last = units[..., -1:, :]
-    equal = units.shape[-2] > 1 and torch.equal(units[..., 1:2, :], last)
-    equal = equal and bool((units[..., 1:, :] == last).all())
+    # The first row of an embedding may be that of the padding.
+    last, others = units[..., -1:, :], units[..., 1 if fan_in == 1 else 0 : -1, :]
+    equal = others.shape[-2] > 0 and torch.equal(others[..., :1, :], last)
+    equal = equal and bool((others == last).all())
     kurtosis = z.square().square().mean().item() - 3 if std > 0 else 0.0
     return Weight(names, count, fan_in, mean, std, kurtosis, equal, trains)
 
