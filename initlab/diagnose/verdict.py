@@ -9,6 +9,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, of_attribute
@@ -154,6 +155,29 @@ def diagnose(rows: Rows, info: dict[str, Any] | None = None) -> list[Problem]:
             if rows and not problems and (problem := find_one(Graph(rows, info))):
                 problems.append(problem)
     return sorted(problems, key=lambda p: order[p.layer])
+
+
+def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
+    """Return what is no fault of the init, but good to know."""
+    info = info or {}
+    said = []
+    if info.get("n") == 1:
+        said.append("With one input there is no signal: only sizes were judged.")
+    if rows and all(e.in_signal == 0 for e in rows if not e.parents):
+        said.append("All inputs are the same: there is no signal, only sizes were judged.")
+    if info.get("trained"):
+        said.append("Its norms look trained: the verdict is on an init.")
+    copies = defaultdict(set)
+    for e in rows:
+        for w in e.weights:
+            if w.std and not w.equal:
+                copies[w.numel, w.mean, w.std].add(w.names[0])
+    same = [sorted(names) for names in copies.values() if len(names) > 1]
+    if same:
+        said.append(f"Weights that are copies of each other: {', '.join(same[0][:3])}.")
+    if any(e.idle for e in rows):
+        said.append("BatchNorm in eval mode does nothing before training.")
+    return said
 
 
 Found = tuple[int, Problem] | None
@@ -316,7 +340,7 @@ def _output(g: Graph) -> Found:
     end, given = g.rows[path[-1]], g.rows[path[-1]].role == "layer"
     signal, rms = (end.in_signal, end.in_rms) if given else (end.signal, end.rms)
     pooled = 0.0
-    for i, j in zip(path, path[1:], strict=False):
+    for i, j in pairwise(path):
         a, b = g.rows[i], g.rows[j]
         if _positions(a) > _positions(b) and a.signal > 0 and b.in_signal > 0:
             fall = log(a.signal) - log(a.rms) - log(b.in_signal) + log(b.in_rms)
@@ -393,7 +417,7 @@ def _backward(g: Graph) -> Problem | None:
     if len(path) < 2:
         return None
     changes, total = [], 0.0
-    for i, j in zip(path, path[1:], strict=False):
+    for i, j in pairwise(path):
         # An average over P positions divides the gradient's norm by sqrt(P), not what goes forward
         pooled = log(_positions(g.rows[i]) / _positions(g.rows[j])) / 2
         change = log(norm(g.rows[i])) - log(norm(g.rows[j]))

@@ -507,12 +507,9 @@ def _name(flow: Flow, row: dict[str, Any]) -> tuple[str, str]:
 
 def _trained(model: nn.Module) -> bool:
     """Return whether a norm's weight is not constant, as each is before training."""
-    for m in model.modules():
-        for w in m._parameters.values():
-            if "Norm" in type(m).__name__ and w is not None and w.dim() == 1 and len(w) > 1:
-                if bool((w != w[0]).any()):
-                    return True
-    return False
+    norms = (m for m in model.modules() if "Norm" in type(m).__name__)
+    weights = (w for m in norms for w in m._parameters.values() if w is not None)
+    return any(w.dim() == 1 and len(w) > 1 and bool((w != w[0]).any()) for w in weights)
 
 
 def measured(y: Tensor, n: int) -> dict[str, float]:
