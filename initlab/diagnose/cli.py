@@ -270,5 +270,5 @@ def _plain(rows: Trace) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
     problems = [{**dataclasses.asdict(p), "advice": p.advice} for p in rows.problems()]
-    found = {"problems": problems, "remarks": rows.remarks(), "seen": rows.seen}
+    found = {"problems": problems, "remarks": rows.remarks(), "seen": rows.seen()}
     return plain(found | {"rows": [dataclasses.asdict(e) for e in rows]})

@@ -37,7 +37,6 @@ class Trace(list[LayerTrace]):
         """
         return diagnose(self, self.info)
 
-    @property
     def seen(self) -> str:
         """Say which share of the weights (of 2 dimensions or more) was seen to multiply data."""
         sizes = self.info.get("sizes", {})
@@ -98,7 +97,7 @@ class Trace(list[LayerTrace]):
                     f"... {len(run)} rows, rms {number(min(sizes))} to {number(max(sizes))}"
                 )
         count = f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found"
-        first = "; ".join(filter(None, (count, self.seen)))
+        first = "; ".join(filter(None, (count, self.seen())))
         return "\n".join([first, *map(str, problems), *self.remarks(), "", *folded])
 
 
