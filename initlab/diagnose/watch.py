@@ -8,6 +8,7 @@ knows the rows that feed it, so rows form a graph along the data's own paths.
 import copy
 import dataclasses
 import math
+import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -62,12 +63,11 @@ Names = tuple[str, ...]  # of the parameters that a weight was made from
 class Flow(TorchDispatchMode):
     """Follows the data through all operations, and drafts a row for each that counts."""
 
-    def __init__(self, model: nn.Module, x: Any) -> None:
+    def __init__(self, model: nn.Module, x: Any, trains: set[nn.Parameter]) -> None:
         super().__init__()
-        self.paths = {m: name.replace("_orig_mod.", "") for name, m in model.named_modules()}
-        self.parameters = {
-            name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()
-        }
+        self.trained = trains
+        self.paths = {m: _clean(name) for name, m in model.named_modules()}
+        self.parameters = {_clean(name): p for name, p in model.named_parameters()}
         self.kinds: dict[int, Data | Names] = {_key(t): Data() for t in tensors(x)}
         self.places = defaultdict(list)  # of the parameters in each storage
         for name, p in self.parameters.items():
@@ -210,7 +210,7 @@ class Flow(TorchDispatchMode):
         )
 
     def trains(self, names: Names) -> bool:
-        return any(self.parameters[n].requires_grad for n in names)
+        return any(self.parameters[n] in self.trained for n in names)
 
     def complete(self, row: dict[str, Any], y: Tensor) -> None:
         """Add what is measured after the operation."""
@@ -309,19 +309,19 @@ def watched(
         ):
             model = inner
     _refuse(model, x)
-    copies, starts = mapped(lambda t: t.detach().clone(), x), []
     parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
-    if loss is not None and not parameters:
-        starts = [t.requires_grad_() for t in tensors(copies) if t.is_floating_point()]
+    trains, starts = {p for p in parameters if p.requires_grad}, []
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        if starts:
+        copies = mapped(lambda t: t.detach().clone(), x)
+        if loss is not None and not parameters:
+            starts = [t.requires_grad_() for t in tensors(copies) if t.is_floating_point()]
             copies = mapped(lambda t: t.clone(), copies)  # which the model may change in place
         devices = {t.device for t in (*tensors(x), *model.parameters()) if t.is_cuda}
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.set_grad_enabled(loss is not None))
         stack.enter_context(_kept(model, loss is not None))
-        flow = Flow(model, copies)
+        flow = Flow(model, copies, trains)
         watch = Watch(flow)
         args, kwargs = ((), dict(copies)) if isinstance(copies, Mapping) else (copies, {})
         args = args if isinstance(args, tuple | list) else (args,)
@@ -376,25 +376,23 @@ def _refuse(model: nn.Module, x: Any) -> None:
 
 @contextmanager
 def _kept(model: nn.Module, backward: bool) -> Iterator[None]:
-    """Put the buffers back as they were; meanwhile frozen parameters pass gradients on."""
+    """Let copies take the buffers' places; meanwhile frozen parameters pass gradients on."""
+    copies = {b: b.detach().clone() for b in model.buffers()}
     buffers = [(m, dict(m._buffers)) for m in model.modules() if m._buffers]
-    copies = [(b, b.detach().clone()) for b in model.buffers()]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_leaf]
     frozen = [p for p in frozen if backward and (p.is_floating_point() or p.is_complex())]
     try:
+        for m, before in buffers:
+            m._buffers.update({n: copies.get(b, b) for n, b in before.items()})
         for p in frozen:
             p.requires_grad_()
         yield
     finally:
         for p in frozen:
             p.requires_grad_(False)
-        for module, before in buffers:
-            module._buffers.clear()
-            module._buffers.update(before)
-        with torch.no_grad():
-            for buffer, before in copies:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        for m, before in buffers:
+            m._buffers.clear()
+            m._buffers.update(before)
 
 
 @contextmanager
@@ -501,8 +499,14 @@ def _name(flow: Flow, row: dict[str, Any]) -> tuple[str, str]:
     parameter = flow.parameters[names[0]]
     tied = next((n for n, p in own.items() if p is parameter), None)
     full = names[0] if tied is None else f"{path}.{tied}" if path else tied
+    full = re.sub(r"parametrizations\.(\w+)\.original\d?", r"\1", full)
     short = full.removesuffix(".weight") if full != "weight" else ""
     return (root, type(module).__name__) if short == path else (short or root, call)
+
+
+def _clean(name: str) -> str:
+    """Return a qualified name as it is without torch.compile."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _trained(model: nn.Module) -> bool:
