@@ -612,8 +612,8 @@ def test_a_weight_may_be_computed_from_parameters(wrapped):
     before = copy.deepcopy(layer.state_dict())
     (row,) = trace(nn.Sequential(layer), torch.randn(5, 4), loss=torch.sum)
     assert (row.name, row.kind) == ("0", type(layer).__name__)
-    assert row.weights[0].std == pytest.approx(layer.weight.std(correction=0).item(), rel=0.3)
     assert all(torch.equal(v, layer.state_dict()[n]) for n, v in before.items())
+    assert row.weights[0].std == pytest.approx(layer.weight.std(correction=0).item(), rel=0.3)
 
 
 class Checkpointed(nn.Module):

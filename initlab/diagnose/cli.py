@@ -114,8 +114,8 @@ def build(name: str, arguments: list[str]) -> nn.Module:
     """Return the model that `name` stands for."""
     where, _, what = name.rpartition(":")
     if not where:
-        raise RefusedError(f"{name} names no model: write torchvision:NAME, timm:NAME, module:factory "
-                      "or file.py:factory")  # fmt: skip
+        forms = "torchvision:NAME, timm:NAME, module:factory or file.py:factory"
+        raise RefusedError(f"{name} names no model: write {forms}")
     options = dict(_option(a) for a in arguments)
     sys.path.insert(0, str(Path(where).parent if where.endswith(".py") else Path.cwd()))
     try:

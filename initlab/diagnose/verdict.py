@@ -14,10 +14,11 @@ from typing import Any
 
 from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, of_attribute
 
-# Where a number strays at random, 5 standard deviations are allowed (one in 3 million, if normal).
-SDS = 5
-# What a path may show beyond that: a factor of e^2 = 7.4, for pooling and zero padding.
-SLACK = 2.0
+# Where a number strays at random, 4 standard deviations are allowed (one in 16,000, if normal).
+SDS = 4
+# What a path may show beyond that: a factor of e^2.5 = 12, for pooling, zero padding and gains
+# that are a little low throughout.
+SLACK = 2.5
 # One layer's factor over the median layer's.
 LEAP = math.log(30)
 # The same for layers whose weights have one shape, before the spread that their width allows.
@@ -43,8 +44,9 @@ class Graph:
         info: What the trace knows besides.
         children: Of each row, those that it feeds.
         main: Of each row, the parent with the largest signal; None at a start.
-        level: Of each row, the logarithm of the factor by which weights and activations changed
-            the signal since the path began.
+        start: Of each row, the logarithm of the signal where its path began, at a norm or input.
+        level: Of each row, the logarithm of the factor by which the signal has changed since, but
+            for what falls where no weight stands, as by pooling.
         walk: Variance of that number in sound nets: after n features of ReLUs the mean square M
             has, given the layer before, a relative variance of at most 5/n (notebook 6), so log
             rms makes a random walk with steps of variance 5/(4n).
@@ -59,24 +61,30 @@ class Graph:
         self.children: list[list[int]] = [[] for _ in range(n)]
         self.main: list[int | None] = []
         self.level: list[float] = []
+        self.start: list[float] = []
         self.walk: list[float] = []
         self.active: list[int] = []
         for i, e in enumerate(self.rows):
             for p in e.parents:
                 self.children[p].append(i)
             main = max(e.parents, key=lambda p: size(self.rows[p]), default=None)
-            resets = e.role in ("norm", "mixer") or (main is not None and not size(self.rows[main]))
-            level, walk, active = 0.0, 0.0, 0
-            if main is not None and not resets:
-                before = size(self.rows[main])
-                given = given_size(e) if given_size(e) > 0 else before
-                level = self.level[main] + max(0.0, log(given) - log(before))
-                walk, active = self.walk[main], self.active[main]
+            anew = main is None or not size(self.rows[main]) or e.role in ("norm", "mixer")
+            given = given_size(e)
+            if main is None or anew:
+                begins = e.role in ("norm", "mixer") or not given > 0
+                start, level, walk, active = log(size(e) if begins else given), 0.0, 0.0, 0
             else:
-                given = given_size(e)
-            if not resets and given > 0:
+                before = size(self.rows[main])
+                start, walk, active = self.start[main], self.walk[main], self.active[main]
+                level = self.level[main]
+                if given > 0:  # what falls where no weight stands is not its fault
+                    level += max(0.0, log(given) - log(before))
+                else:
+                    given = before
+            if e.role not in ("norm", "mixer") and given > 0:
                 level += log(size(e)) - log(given)
             self.main.append(main)
+            self.start.append(start)
             self.level.append(level)
             self.walk.append(walk + (5 / (4 * e.features) if e.role == "layer" else 0))
             self.active.append(active + (e.role == "activation"))
@@ -114,10 +122,19 @@ class Graph:
         return rows[::-1]
 
     def segment(self, i: int) -> list[int]:
-        """Return the path since its last norm."""
+        """Return the path since its last norm, embedding or recurrent layer."""
         path = self.path(i)
-        norms = [k for k, j in enumerate(path) if self.rows[j].role == "norm"]
-        return path[norms[-1] + 1 :] if norms else path
+        begin = [k for k, j in enumerate(path) if self.rows[j].role in ("norm", "mixer")]
+        return path[begin[-1] + 1 :] if begin else path
+
+    def aside(self, i: int) -> bool:
+        """Whether row i is on a branch, whose end meets something larger."""
+        while not self.joined(i):
+            after = self.children[self.end(i)]
+            if len(after) != 1 or self.rows[after[0]].role != "layer":
+                return False
+            (i,) = after
+        return bool(self.children[self.end(i)])
 
     def factor(self, i: int) -> float:
         """Return the log of the factor of a layer, with the activations that follow it."""
@@ -214,7 +231,7 @@ def _dead(g: Graph) -> Found:
             continue
         dead = round(e.dead * e.features)
         everything = dead == e.features
-        if everything or dead - e.above > SDS * math.sqrt(dead + e.above):
+        if everything or dead - e.above > 5 * math.sqrt(dead + e.above):
             source = e.parents[0] if len(e.parents) == 1 else i
             reason = (
                 f"Of the {e.features} features of {e.name} ({e.kind}), {dead} are 0 for all inputs "
@@ -233,7 +250,7 @@ def _constant(g: Graph) -> Found:
     """
 
     def alone(i: int) -> bool:
-        """Whether a layer or activation is given nothing else, and nothing goes past it."""
+        """Whether a layer is given nothing else, and nothing goes past it."""
         after = g.children[i]
         lives = [e for e in (g.rows[c] for c in after) if not size(e) > 0 or len(e.parents) == 1]
         if not after or len(lives) < len(after):
@@ -285,6 +302,9 @@ def _forward(g: Graph) -> Found:
         end = g.end(i)
         segment = g.segment(i)
         level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
+        grown = log(size(g.rows[end])) - g.start[end]
+        level = max(level, 0.0) if g.aside(i) else level
+        level = min(level, grown) if level > 0 else level
         # After a norm the next layer may be small by custom, as with a std of 0.02 at any width.
         low = -max(
             limit,
@@ -412,12 +432,18 @@ def _backward(g: Graph) -> Problem | None:
         return None
     path = g.path(max(ends, key=lambda i: norm(g.rows[i])))
     shown = set(g.scaled())
-    path = [i for i in path if g.rows[i].grad_rms and (i in shown or g.rows[i].role == "norm")]
+    path = [
+        i
+        for i in path
+        if g.rows[i].grad_rms and (i in shown or g.rows[i].role == "norm" or g.rows[i].op == "mul")
+    ]
     path = path[:-1] if len(path) > 1 and path[-1] in ends else path  # small on purpose, or not
     if len(path) < 2:
         return None
     changes, total = [], 0.0
     for i, j in pairwise(path):
+        if g.rows[j].op == "mul":  # small on purpose
+            continue
         # An average over P positions divides the gradient's norm by sqrt(P), not what goes forward
         pooled = log(_positions(g.rows[i]) / _positions(g.rows[j])) / 2
         change = log(norm(g.rows[i])) - log(norm(g.rows[j]))

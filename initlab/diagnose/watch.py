@@ -38,6 +38,7 @@ DYING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "gelu", "s
 ACTIVATIONS = DYING | {"leaky_relu", "_prelu_kernel", "rrelu_with_noise", "elu", "celu", "glu"}
 ACTIVATIONS |= {"sigmoid", "tanh", "softplus", "log_sigmoid_forward", "softshrink", "hardshrink"}
 ROOTS = {"sqrt", "rsqrt", "std", "std_mean", "linalg_vector_norm", "norm"}  # norms divide by one
+SMALL = 0.3  # a factor on purpose, as of LayerScale or SkipInit; those of norms begin at 1
 SOFTMAX = {"_softmax", "_safe_softmax"}
 BLOCK = 1 << 16  # numbers that are made float64 at a time: they stay in the cache
 
@@ -163,6 +164,8 @@ class Flow(TorchDispatchMode):
                 row = {"role": "affine", "idle": idle}
         elif op in ACTIVATIONS:
             row, x = {"role": "activation"}, None
+        elif op == "mul" and (small := self.small(given)):
+            row, x = {"role": "affine", "names": small}, inputs[0]
         elif op in ("mul", "div") and {kind.form == "root" for _, kind in data} == {True, False}:
             row, x = {"role": "norm"}, next(t for t, kind in data if kind.form != "root")
         else:
@@ -175,7 +178,8 @@ class Flow(TorchDispatchMode):
             size = measured(x, self.n)
             row |= {"in_rms": size["rms"], "in_signal": size["signal"]}
         module = self.running[-1] if self.running else None
-        row["learned"] = self.as_data is not None and _key(data[0][0]) == self.as_data
+        if self.as_data is not None and _key(data[0][0]) == self.as_data:
+            row |= {"learned": True, "in_signal": math.nan}
         return row | {"op": op, "module": module, "clipped": op == "hardtanh" and args[1:2] != (0,)}
 
     def weight(self, op: str, args: tuple, given: list) -> tuple[Tensor, Names] | None:
@@ -186,6 +190,13 @@ class Flow(TorchDispatchMode):
                 if large and (op not in LOOKUPS or t is args[0]):
                     return t, names
         return None
+
+    def small(self, given: list) -> Names:
+        """Return the parameters of a small factor for each channel, as LayerScale has."""
+        for t, names in given:
+            if isinstance(names, tuple) and rms(t) < SMALL:
+                return names
+        return ()
 
     def facts(self, op: str, args: tuple, t: Tensor, names: Names) -> Weight:
         """Return what is known of a weight; measured once."""
@@ -215,6 +226,8 @@ class Flow(TorchDispatchMode):
     def complete(self, row: dict[str, Any], y: Tensor) -> None:
         """Add what is measured after the operation."""
         row |= {"shape": tuple(y.shape), "output": y, **measured(y, self.n)}
+        if row.get("learned"):  # it does not depend on the inputs
+            row["signal"] = math.nan
         axis = 1 if "conv" in row["op"] or "batch_norm" in row["op"] or "group" in row["op"] else -1
         sources = [self.rows[i] for i in row["parents"]]
         if row["role"] in ("activation", "norm") and "conv" not in row["op"] and sources:
