@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 # The public names by module. A module is imported when one of its names is first asked for, so
 # that nobody waits for what is not used; none has the name of one of them
 _MODULES = {
+    "initlab.diagnose.report": ["Trace", "trace"],
+    "initlab.diagnose.rows": ["LayerTrace", "Problem"],
     "initlab.draws": ["draw"],
     "initlab.init": ["fans", "gain", "initialize_"],
     "initlab.mnist": ["Splits", "load_fashion", "load_mnist"],
@@ -15,7 +17,6 @@ _MODULES = {
         *("Drawn", "DrawnMoments", "Each", "Predicted", "PredictedMoments", "Stats", "stats"),
     ],
     "initlab.prediction": ["predict"],
-    "initlab.tracing": ["LayerTrace", "Problem", "Trace", "trace"],
     "initlab.training.fit": ["accuracy", "fit"],
     "initlab.training.nets": ["conv_stack"],
 }

@@ -9,7 +9,7 @@ from initlab import __version__
 
 COMMANDS = {
     "sweep": ("initlab.training.sweep", "run the training experiment, or go on with it"),
-    "trace": ("initlab.tracing", "say what is wrong with the init of a network"),
+    "trace": ("initlab.diagnose.cli", "say what is wrong with the init of a network"),
 }
 
 

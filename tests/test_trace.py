@@ -1,20 +1,22 @@
 """`trace` against forward and backward passes written out by hand."""
 
-import argparse
 import copy
 import dataclasses
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torch import nn
 from torch.nn import functional
 
-from initlab.page import plot_trace
-from initlab.tracing import LayerTrace, Trace, add_command, trace
+from initlab.diagnose.report import Trace, plot_trace, trace
+from initlab.diagnose.rows import LayerTrace
+from initlab.diagnose.watch import measured
 
 
 class Block(nn.Module):
@@ -159,7 +161,6 @@ def test_other_modules_are_not_traced():
 @pytest.mark.parametrize(
     ("layer", "x", "role", "weight"),
     [
-        (nn.MultiheadAttention(4, 2), (torch.randn(3, 5, 4),) * 3, "mixer", "in_proj_weight"),
         (nn.LSTM(4, 6), torch.randn(3, 5, 4), "mixer", "weight_ih_l0"),
         (nn.GRU(4, 6), torch.randn(3, 5, 4), "mixer", "weight_ih_l0"),
         (nn.LSTMCell(4, 6), torch.randn(3, 4), "mixer", "weight_ih"),
@@ -204,6 +205,7 @@ def test_arguments_as_tuple_or_dict_and_outputs_as_dataclass():
     assert by_name[1].in_rms == pytest.approx(2 * by_name[0].rms)
     assert math.isnan(by_name[0].in_rms)
     assert by_name[0].grad_rms is not None
+    assert by_name[1].parents == (0,)
     model.requires_grad_(False)
     frozen = trace(model, (tokens, scale), loss=lambda out: out.hidden.sum())
     assert [e.grad_rms for e in frozen] == pytest.approx([e.grad_rms for e in by_name])
@@ -251,13 +253,13 @@ def test_activations_called_as_functions(call, kind):
     assert entries[1].grad_rms == pytest.approx(rms(of_y), rel=1e-5)
 
 
-def test_functions_are_named_after_the_module_that_calls_them():
+def test_a_module_without_parts_gives_its_functions_its_name():
     class Inner(nn.Module):
         def forward(self, x):
             return functional.relu(x) + functional.relu(-x) + functional.softmax(x, -1)
 
     names = [e.name for e in trace(nn.Sequential(Inner(), nn.Linear(2, 2)), torch.randn(3, 2))]
-    assert names == ["0.relu", "0.relu#2", "1"]
+    assert names == ["0", "0#2", "1"]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -269,7 +271,8 @@ def test_a_transformer_shows_its_layers_in_eval_mode_too(training):
     assert torch.backends.mha.get_fastpath_enabled()
     entries = trace(model, x)
     assert torch.backends.mha.get_fastpath_enabled()
-    names = ["self_attn", "norm1", "linear1", "relu", "linear2", "norm2"]
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj", "norm1"]
+    names += ["linear1", "relu", "linear2", "norm2"]
     assert [e.name for e in entries] == [f"layers.{i}.{name}" for i in (0, 1) for name in names]
     assert entries[-1].rms == pytest.approx(rms(expected.detach()), rel=1e-5)
     with pytest.raises(RuntimeError, match="boom"):
@@ -283,11 +286,11 @@ def test_dead_features_along_channels_or_the_last_dimension():
     conv.bias.data = torch.tensor([-9.0, 0.0, 9.0, -9.0])
     picture = torch.tensor([-1.0, 1.0]).reshape(1, 1, 1, 2).repeat(3, 1, 2, 1)
     act = trace(nn.Sequential(conv, nn.ReLU(inplace=True)), picture)[1]
-    assert (act.dead, act.signs, act.features) == (0.5, (2, 1), 4)
+    assert (act.dead, act.above, act.features) == (0.5, 1, 4)
     nn.init.zeros_(linear.weight)
     linear.bias.data = torch.tensor([-1.0, 1.0, 1.0, 1.0, 0.0])
     act = trace(nn.Sequential(linear, nn.ReLU()), torch.randn(2, 3, 4))[1]
-    assert (act.dead, act.signs, act.features) == (0.4, (1, 3), 5)
+    assert (act.dead, act.above, act.features) == (0.4, 3, 5)
     assert trace(nn.Sequential(linear, nn.Tanh()), torch.randn(2, 4))[1].dead is None
 
 
@@ -412,6 +415,7 @@ def test_leaves_everything_as_it_was(x, target, where):
     assert after["2.num_batches_tracked"] == 0
     assert identities == [id(t) for t in (*model.parameters(), *model.buffers())]
     assert hooks == [list(m._forward_hooks) for m in model.modules()]
+    assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch.equal(random_state, torch.get_rng_state())
     assert [m.training for m in model] == [False] + [True] * (len(model) - 1)
     assert [p.requires_grad for p in model.parameters()] == [True, False] + [True] * 4
@@ -544,43 +548,6 @@ def test_plot_of_one_trace_of_several_and_of_sets():
     plt.close()
 
 
-def run_command(capsys, *argv):
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-    args = parser.parse_args(["trace", *argv])
-    status = args.func(args)
-    return status, *capsys.readouterr()
-
-
-def test_command(capsys, tmp_path, monkeypatch):
-    (tmp_path / "mine_for_trace.py").write_text(
-        "from torch import nn\nfactory = nn.Tanh\nno = dict"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    png = tmp_path / "t.png"
-    status, out, err = run_command(
-        capsys, "mine_for_trace:factory", "--shape", "7", "--save", str(png)
-    )
-    assert (status, err, out.splitlines()[0]) == (0, "", "no problems found")
-    assert png.read_bytes()[:4] == b"\x89PNG"
-    status, out, err = run_command(
-        capsys, "torchvision:mobilenet_v2", "--shape", "3,64,64", "--eval", "--batch", "4"
-    )
-    assert (status, err, out.splitlines()[0]) == (1, "", "1 problem found")
-    for argv, match in (
-        (["torchvision:nonsense"], "nonsense"),
-        (["no_such_module_here:x"], "no_such_module_here"),
-        (["mine_for_trace:absent"], "absent"),
-        (["mine_for_trace:no"], "dict"),
-        (["mine_for_trace:factory", "--shape", "3,x"], "x"),
-        (["torchvision:resnet18", "--shape", "5,32,32"], "channels"),
-        (["mine_for_trace:factory", "--batch", "0"], "empty"),
-    ):
-        status, out, err = run_command(capsys, *argv)
-        assert (status, out, len(err.splitlines())) == (2, "", 1)
-        assert match in err
-
-
 def test_features_of_a_subclass_are_those_of_its_layer():
     class Own(nn.Linear):
         pass
@@ -589,3 +556,219 @@ def test_features_of_a_subclass_are_those_of_its_layer():
     assert (entry.kind, entry.features, act.features) == ("Own", 7, 7)
     (entry,) = trace(torchvision.models.convnext.LayerNorm2d(6), torch.randn(2, 6, 4, 4))
     assert (entry.kind, entry.features) == ("LayerNorm2d", 6)
+
+
+class Weights(nn.Module):
+    """Weights that no layer holds, each used in another way."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {
+            "a": (8, 8),
+            "b": (8, 8),
+            "c": (8, 8),
+            "d": (8, 8),
+            "e": (9, 8),
+        }.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) / 3))
+        self.kernel = nn.Parameter(torch.randn(8, 8, 3) / 5)
+        self.experts = nn.Parameter(torch.randn(2, 8, 8) / 3)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.register_buffer("mask", torch.ones(8, 8).tril())
+
+    def forward(self, x, tokens):
+        h = x @ self.a + self.e[tokens] + self.token
+        h = torch.einsum("btc,cd->btd", h, self.b)
+        h = functional.linear(h, self.c * self.mask).relu()
+        h = functional.conv1d(h.transpose(1, 2), self.kernel, padding=1).transpose(1, 2)
+        h = torch.bmm(h.reshape(2, -1, 8), self.experts).reshape(h.shape)
+        return h + h @ (self.d @ self.a)
+
+
+def test_every_weight_that_multiplies_data_has_a_row_and_its_parents():
+    torch.manual_seed(0)
+    model, x = Weights(), (torch.randn(4, 5, 8), torch.randint(9, (4, 5)))
+    rows = trace(model, x, loss=lambda y: y.square().sum())
+    names = ["a", "e", "b", "c", "relu", "kernel", "experts", "Weights"]
+    assert [e.name for e in rows] == names
+    parents = [(), (), (0, 1), (2,), (3,), (4,), (5,), (6,)]
+    assert [e.parents for e in rows] == parents
+    assert [e.weights[0].fan_in for e in rows if e.weights] == [8, 1, 8, 8, 24, 8, 8]
+    assert rows[-1].weights[0].names == ("d", "a")
+    assert rows.seen() == "98.8% of the weights seen, not token"
+    assert all(e.grad_rms is not None for e in rows)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda m: nn.utils.parametrizations.weight_norm(m),
+        lambda m: nn.utils.parametrizations.spectral_norm(m),
+        lambda m: nn.utils.parametrizations.orthogonal(m),
+    ],
+)
+def test_a_weight_may_be_computed_from_parameters(wrapped):
+    layer = wrapped(nn.Linear(4, 6))
+    before = copy.deepcopy(layer.state_dict())
+    (row,) = trace(nn.Sequential(layer), torch.randn(5, 4), loss=torch.sum)
+    assert (row.name, row.kind) == ("0", type(layer).__name__)
+    assert all(torch.equal(v, layer.state_dict()[n]) for n, v in before.items())
+    assert row.weights[0].std == pytest.approx(layer.weight.std(correction=0).item(), rel=0.3)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.parts, self.reentrant = nn.ModuleList([stateful()[1:3]]), reentrant
+        self.first = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return torch.utils.checkpoint.checkpoint(self.parts[0], x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_buffer_and_no_gradient(x, reentrant):
+    model = Checkpointed(reentrant)
+    model.first.weight.grad = kept = torch.ones_like(model.first.weight)
+    before = copy.deepcopy(model.state_dict())
+    rows = trace(model, x, loss=lambda y: y.square().sum())
+    assert [e.name for e in rows] == ["first", "parts.0.1", "parts.0.2"]
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert model.first.weight.grad is kept
+    assert model.first.bias.grad is None
+    assert torch.equal(kept, torch.ones_like(kept))
+    assert rows[0].weight_grad_rms is not None
+    assert rows[1].weight_grad_rms is not None
+    assert rows.problems() == []
+
+
+def test_models_that_wrap_another_are_unwrapped(block, x, target):
+    expected = trace(block, x, target, block_loss)
+    assert trace(nn.DataParallel(block), x, target, block_loss) == expected
+    assert trace(torch.compile(block), x, target, block_loss) == expected
+
+
+def test_a_compiled_part_runs_as_it_was_written(x):
+    model = nn.Sequential(torch.compile(nn.Conv2d(2, 3, 1)), nn.ReLU())
+    assert [(e.name, e.kind) for e in trace(model, x)] == [("0", "Conv2d"), ("1", "ReLU")]
+
+
+def test_what_cannot_be_traced_is_refused_by_name(x):
+    with pytest.warns(FutureWarning):
+        script = torch.jit.script(nn.ReLU())
+    with pytest.raises(ValueError, match="1 is a RecursiveScriptModule"):
+        trace(nn.Sequential(nn.Conv2d(2, 2, 1), script), x)
+    with pytest.raises(ValueError, match="meta"):
+        trace(nn.Linear(4, 2, device="meta"), x)
+
+
+def test_sparse_gradients_integers_and_half_precision():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    tokens = torch.tensor([[1, 2], [3, 1]])
+    (row,) = trace(embedding, tokens, loss=torch.sum)
+    assert row.weight_grad_rms == pytest.approx(math.sqrt((4 + 1 + 1) * 4 / 40))
+    rows = trace(
+        nn.Sequential(embedding, nn.Linear(4, 3), nn.ReLU()).bfloat16(), tokens, loss=torch.sum
+    )
+    assert [type(e.rms) for e in rows] == [float] * 3
+    assert trace(nn.Sequential(nn.ReLU(), nn.Embedding(10, 4)), tokens)[0].name == "1"
+    with torch.autocast("cpu", torch.bfloat16):
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        model(torch.randn(3, 4))
+        rows = trace(model, torch.randn(5, 4), loss=torch.sum)
+    assert [e.name for e in rows] == ["0", "1"]
+    assert rows[0].weights[0].names == ("0.weight",)
+
+
+def test_inputs_in_any_nest_are_copied(x):
+    @dataclasses.dataclass
+    class Batch:
+        pictures: torch.Tensor
+        more: dict
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 1)
+
+        def forward(self, batch):
+            return self.conv(batch.pictures.relu_() + batch.more["list"][0].neg_())
+
+    batch, before = Batch(x, {"list": [x + 1]}), x.clone()
+    rows = trace(Model(), (batch,), loss=torch.sum)
+    assert [e.name for e in rows] == ["relu", "conv"]
+    assert torch.equal(batch.pictures, before)
+    assert torch.equal(batch.more["list"][0], before + 1)
+
+
+def test_eight_threads_and_two_on_one_model(x, target):
+    def judge(model):
+        return trace(model, x, target, block_loss)
+
+    torch.manual_seed(0)
+    models = [Block() for _ in range(8)] * 2
+    expected = [judge(model) for model in models]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(judge, models)) == expected
+
+
+def test_writing_into_a_slice_keeps_the_path():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            out = torch.zeros_like(x)
+            for t in range(x.shape[1]):
+                out[:, t] = self.step(x[:, t])
+            return self.head(out)
+
+    rows = trace(Loop(), torch.randn(4, 2, 3))
+    assert [(e.name, e.parents) for e in rows] == [("step", ()), ("step#2", ()), ("head", (0, 1))]
+
+
+def test_norms_written_out_are_norms():
+    class RMS(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+    model = nn.Sequential(nn.Linear(6, 6), RMS(), nn.Linear(6, 6))
+    rows = trace(model, torch.randn(4, 6))
+    assert [(e.name, e.role) for e in rows] == [("0", "layer"), ("1", "norm"), ("2", "layer")]
+    model[0].weight.data.mul_(1000)
+    assert trace(model, torch.randn(4, 6)).problems() == []
+
+
+def test_attention_passes_on_its_values():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return self.o(functional.scaled_dot_product_attention(q, k, v)) + self.o(
+                (q @ k.transpose(1, 2)).softmax(-1) @ v
+            )
+
+    rows = trace(Attention(), torch.randn(4, 5, 6))
+    assert [(e.name, e.parents) for e in rows[3:]] == [("o", (2,)), ("o#2", (2,))]
+
+
+def test_the_sums_do_not_depend_on_threads_or_layout():
+    y = 1000 + torch.randn(64, 33, 17, 5, generator=torch.Generator().manual_seed(0))
+    exact, v = measured(y, 64), y.double()
+    assert exact["mean"] == pytest.approx(v.mean().item(), rel=1e-14)
+    assert exact["std"] == pytest.approx(v.std().item(), rel=1e-12)
+    assert exact["rms"] == pytest.approx(v.square().mean().sqrt().item(), rel=1e-14)
+    assert exact["signal"] == pytest.approx(v.var(0).mean().sqrt().item(), rel=1e-12)
+    other = measured(y.to(memory_format=torch.channels_last), 64)
+    assert other == pytest.approx(exact, rel=1e-12)
+    tiny = v * 1e-12 + 5  # a signal of a share that no square shows
+    assert measured(tiny, 64)["signal"] == pytest.approx(tiny.var(0).mean().sqrt().item(), rel=1e-3)

@@ -1,0 +1,1 @@
+"""Is the init of a network sound? Follow its data once, measure, judge."""

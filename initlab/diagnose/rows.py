@@ -1,0 +1,163 @@
+"""What a trace holds: a row for each operation that was measured, and the problems found."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# A signal below this share of the rms is rounding: float32 has an eps of 1.2e-7.
+ROUNDING = 1e-6
+
+ADVICE = {
+    "not finite": "Look at its weights and at its input.",
+    "dead": "Start its biases at 0; if training did this, start again with a lower rate.",
+    "constant": "Draw its weights at random; zeros are fine only where a residual branch ends.",
+    "equal units": "Draw its weights at random: equal units get equal gradients and stay equal.",
+    "mean": "Draw its weights with mean 0.",
+    "scale": "Draw its weights on the scale that their fan_in asks for.",
+    "shrinks": "Draw the weights by fan_in with the gain of the activation.",
+    "grows": "Draw the weights by fan_in with the gain of the activation.",
+    "alike": "Start the biases at 0, and look for a mean that is large against the differences.",
+    "input scale": "Scale the inputs to a mean square near 1 before the first layer.",
+    "loud output": "Draw the last layer smaller.",
+    "silent output": "Draw the last layer at random.",
+    "no gradient": "Let the loss reach it (detach, no_grad, argmax cut the graph).",
+    "gradient vanishes": "Draw the weights with the gain of the activation.",
+    "gradient explodes": "Draw smaller weights in the layers before it.",
+    "forgets": "Start the forget gate's bias at 1 or above, or the recurrent weight orthogonal.",
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that an operation multiplied by, as it was given (after a reparametrisation).
+
+    Attributes:
+        names: Qualified names of the parameters that it was made from.
+        numel: Number of its entries.
+        fan_in: How many products each output sums.
+        mean: Mean of its entries.
+        std: Their standard deviation.
+        kurtosis: Their excess kurtosis: 0 if normal, -1.2 if uniform.
+        equal: Whether all of its units, of 2 or more, are the same.
+        trains: Whether one of its parameters requires a gradient.
+        grad_rms: Rms of the gradient over all uses, the largest of these parameters' own; None
+            without one.
+    """
+
+    names: tuple[str, ...]
+    numel: int
+    fan_in: int
+    mean: float
+    std: float
+    kurtosis: float = 0.0
+    equal: bool = False
+    trains: bool = True
+    grad_rms: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """The numbers of one operation: a weight that multiplies data, an activation or a norm.
+
+    Attributes:
+        name: Qualified name of the module whose operation it is, or of the parameter without
+            `".weight"`; the class if the model is itself the layer; `"act#2"` for the second call,
+            `"block.relu"` for a function that the module `"block"` calls.
+        kind: Class name of that module, or name of the function.
+        shape: Shape of the output.
+        mean: Mean of the output over everything: inputs, channels, positions.
+        std: Its unbiased standard deviation over everything.
+        rms: Its root mean square.
+        signal: Standard deviation *across inputs*: root of the mean, over channels and positions,
+            of the unbiased variance; `nan` for a single input.
+        grad_rms: Rms of the gradient of the loss with respect to the output; None without a loss
+            or when the loss does not depend on the output.
+        weight_grad_rms: The same for the first of its weights, summed over all its uses; None also
+            when it is frozen.
+        dead: Share of the features (channels) that are 0 for every input and position, for
+            activations that can die; None for others.
+        above: For these, how many features are above 0 for every input and position.
+        in_rms: Rms of the data given; nan if that is not known.
+        in_signal: Its signal.
+        role: "layer" (multiplies by a weight), "mixer" (embedding, recurrent), "activation", "norm"
+            (divides by what it measures) or "affine" (BatchNorm in eval mode, which only scales).
+        features: Number of features (channels) of the output.
+        op: Name of the operation.
+        parents: Indices of the rows that feed it, by way of whatever holds no row.
+        weights: What it multiplied by.
+        memory: Of a recurrent layer, by how much a gradient from its last step has changed at the
+            first; None where that was not measured.
+        learned: Whether what it was given is made from parameters alone, as learned tokens are.
+        idle: Whether it is a BatchNorm whose running statistics are those of its start.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+    rms: float
+    signal: float
+    grad_rms: float | None = None
+    weight_grad_rms: float | None = None
+    dead: float | None = None
+    above: int = field(default=0, repr=False)
+    in_rms: float = field(default=math.nan, repr=False)
+    in_signal: float = field(default=math.nan, repr=False)
+    role: str = field(default="layer", repr=False)
+    features: int = field(default=1, repr=False)
+    op: str = field(default="", repr=False)
+    parents: tuple[int, ...] = field(default=(), repr=False)
+    weights: tuple[Weight, ...] = field(default=(), repr=False)
+    memory: float | None = field(default=None, repr=False)
+    learned: bool = field(default=False, repr=False)
+    idle: bool = field(default=False, repr=False)
+
+
+Rows = Sequence[LayerTrace]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with an init.
+
+    Attributes:
+        layer: Name of the first layer that causes it.
+        kind: One of the keys of `ADVICE`.
+        value: The number that was judged: the factor of this layer ("scale"), of all layers
+            ("shrinks", "grows", "gradient ..."), the dead share, signal / rms ("alike"), else rms.
+        reason: What was measured, and what is allowed.
+        fix: The call that mends it, by its name in the model; empty where there is none.
+    """
+
+    layer: str
+    kind: str
+    value: float
+    reason: str
+    fix: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What to do."""
+        return ADVICE[self.kind]
+
+    def __str__(self) -> str:
+        lines = [line for text in (self.reason, self.advice) for line in textwrap.wrap(text, 84)]
+        return "\n    ".join([f"{self.layer}: {self.kind}", *lines, *self.fix.splitlines()])
+
+
+def number(value: float | None) -> str:
+    """Return three significant digits; "-" for None."""
+    return "-" if value is None else f"{value:#.3g}".removesuffix(".")
+
+
+def of_attribute(name: str) -> str:
+    """Return how Python writes a qualified name.
+
+    Example:
+        >>> of_attribute("blocks.0.fc.weight")
+        'net.blocks[0].fc.weight'
+    """
+    parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
+    return "net" + "".join(parts)

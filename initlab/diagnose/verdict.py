@@ -1,0 +1,554 @@
+"""Is an init sound? What the rows of a trace say, by limits that are derived or measured.
+
+Scales are compared along the data's own paths: each row goes on from that of its parents whose
+signal is largest, and begins anew at inputs, embeddings, recurrent layers and norms.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, of_attribute
+
+# Where a number strays at random, 4 standard deviations are allowed (one in 16,000, if normal).
+SDS = 4
+# What a path may show beyond that: a factor of e^2.5 = 12, for pooling, zero padding and gains
+# that are a little low throughout.
+SLACK = 2.5
+# One layer's factor over the median layer's.
+LEAP = math.log(30)
+# The same for layers whose weights have one shape, before the spread that their width allows.
+LIKE = math.log(4)
+# In a plain net of ReLU and BatchNorm in train mode the gradient's norm grows by 1.21 a layer on
+# its way back, sqrt(pi / (pi - 1)): Yang et al. 2019, A mean field theory of batch normalization.
+NORM_GROWTH = math.log(math.pi / (math.pi - 1)) / 2
+INPUT = 30  # how far from 1 the rms of the input may be
+LOUD = 10  # the rms of the output: a softmax of such numbers is all but certain, of one class
+FORGOTTEN = 1e-12  # what is left, after all steps, of a gradient to the first one
+
+# 1 / rms of f(z), z standard normal: what n Var(w) = gain^2 keeps at 1 before the activation.
+GAINS = {"relu": 2**0.5, "hardtanh": 2**0.5, "gelu": 1.5335, "silu": 1.6765, "mish": 1.4868}
+GAINS |= {"leaky_relu": 2**0.5, "elu": 1.2452, "tanh": 1.5925, "hardswish": 1.7367}
+
+
+@dataclass
+class Graph:
+    """The rows with what follows from their parents.
+
+    Attributes:
+        rows: In the order of execution.
+        info: What the trace knows besides.
+        children: Of each row, those that it feeds.
+        main: Of each row, the parent with the largest signal; None at a start.
+        start: Of each row, the logarithm of the signal where its path began, at a norm or input.
+        level: Of each row, the logarithm of the factor by which the signal has changed since, but
+            for what falls where no weight stands, as by pooling.
+        walk: Variance of that number in sound nets: after n features of ReLUs the mean square M
+            has, given the layer before, a relative variance of at most 5/n (notebook 6), so log
+            rms makes a random walk with steps of variance 5/(4n).
+        active: How many activations the path has passed.
+    """
+
+    rows: Rows
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.rows)
+        self.children: list[list[int]] = [[] for _ in range(n)]
+        self.main: list[int | None] = []
+        self.level: list[float] = []
+        self.start: list[float] = []
+        self.walk: list[float] = []
+        self.active: list[int] = []
+        for i, e in enumerate(self.rows):
+            for p in e.parents:
+                self.children[p].append(i)
+            main = max(e.parents, key=lambda p: size(self.rows[p]), default=None)
+            anew = main is None or not size(self.rows[main]) or e.role in ("norm", "mixer")
+            given = given_size(e)
+            if main is None or anew:
+                begins = e.role in ("norm", "mixer") or not given > 0
+                start, level, walk, active = log(size(e) if begins else given), 0.0, 0.0, 0
+            else:
+                before = size(self.rows[main])
+                start, walk, active = self.start[main], self.walk[main], self.active[main]
+                level = self.level[main]
+                if given > 0:  # what falls where no weight stands is not its fault
+                    level += max(0.0, log(given) - log(before))
+                else:
+                    given = before
+            if e.role not in ("norm", "mixer") and given > 0:
+                level += log(size(e)) - log(given)
+            self.main.append(main)
+            self.start.append(start)
+            self.level.append(level)
+            self.walk.append(walk + (5 / (4 * e.features) if e.role == "layer" else 0))
+            self.active.append(active + (e.role == "activation"))
+        self.ends = [i for i in self.info.get("ends", ()) if i < n] or [
+            i for i in range(n) if not self.children[i]
+        ]
+
+    def end(self, i: int) -> int:
+        """Return the last of the activations (or idle norms) that follow row i directly."""
+        while len(self.children[i]) == 1:
+            (child,) = self.children[i]
+            e = self.rows[child]
+            if e.role not in ("activation", "affine") or len(e.parents) > 1:
+                break
+            i = child
+        return i
+
+    def normed(self, i: int) -> bool:
+        """Whether a norm takes the scale of row i out, before anything is added to it."""
+        after = [self.rows[c] for c in self.children[self.end(i)]]
+        return bool(after) and all(e.role == "norm" and len(e.parents) == 1 for e in after)
+
+    def joined(self, i: int) -> bool:
+        """Whether row i meets something larger wherever it goes, or nothing comes after it."""
+        end = self.end(i)
+        after = self.children[end]
+        return all(len(self.rows[c].parents) > 1 and self.main[c] != end for c in after)
+
+    def path(self, i: int | None) -> list[int]:
+        """Return the rows from the start of the data's path to row i."""
+        rows = []
+        while i is not None:
+            rows.append(i)
+            i = self.main[i]
+        return rows[::-1]
+
+    def segment(self, i: int) -> list[int]:
+        """Return the path since its last norm, embedding or recurrent layer."""
+        path = self.path(i)
+        begin = [k for k, j in enumerate(path) if self.rows[j].role in ("norm", "mixer")]
+        return path[begin[-1] + 1 :] if begin else path
+
+    def aside(self, i: int) -> bool:
+        """Whether row i is on a branch, whose end meets something larger."""
+        while not self.joined(i):
+            after = self.children[self.end(i)]
+            if len(after) != 1 or self.rows[after[0]].role != "layer":
+                return False
+            (i,) = after
+        return bool(self.children[self.end(i)])
+
+    def factor(self, i: int) -> float:
+        """Return the log of the factor of a layer, with the activations that follow it."""
+        e, end = self.rows[i], self.rows[self.end(i)]
+        return log(size(end)) - log(given_size(e))
+
+    def scaled(self) -> list[int]:
+        """Return the layers whose factor shows the scale of their weights."""
+        return [
+            i
+            for i, e in enumerate(self.rows)
+            if e.role == "layer"
+            and given_size(e) > 0
+            and not _rounded(self.rows[self.end(i)])
+            and not self.normed(i)
+        ]
+
+
+def diagnose(rows: Rows, info: dict[str, Any] | None = None) -> list[Problem]:
+    """Return the problems that traced rows show, in the order of the layers.
+
+    What follows from a problem is not reported again: the rows after a broken one are not judged,
+    nor are the gradients, unless the forward pass is sound.
+    """
+    info = info or {}
+    problems: list[Problem] = []
+    order = {e.name: i for i, e in enumerate(rows)}
+    for find in (_not_finite, _equal, _dead, _constant, _mean, _input, _forward):
+        if rows and (found := find(Graph(rows, info))):
+            end, problem = found
+            problems.append(problem)
+            rows = rows[:end]
+    if not problems:
+        for find_one in (_reached, _memory, _backward):
+            if rows and not problems and (problem := find_one(Graph(rows, info))):
+                problems.append(problem)
+    return sorted(problems, key=lambda p: order[p.layer])
+
+
+def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
+    """Return what is no fault of the init, but good to know."""
+    info = info or {}
+    said = []
+    if info.get("n") == 1:
+        said.append("With one input there is no signal: only sizes were judged.")
+    if rows and all(e.in_signal == 0 for e in rows if not e.parents):
+        said.append("All inputs are the same: there is no signal, only sizes were judged.")
+    if info.get("trained"):
+        said.append("Its norms look trained: the verdict is on an init.")
+    copies = defaultdict(set)
+    for e in rows:
+        for w in e.weights:
+            if w.std and not w.equal:
+                copies[w.numel, w.mean, w.std].add(w.names[0])
+    same = [sorted(names) for names in copies.values() if len(names) > 1]
+    if same:
+        said.append(f"Weights that are copies of each other: {', '.join(same[0][:3])}.")
+    if any(e.idle for e in rows):
+        said.append("BatchNorm in eval mode does nothing before training.")
+    return said
+
+
+Found = tuple[int, Problem] | None
+
+
+def _not_finite(g: Graph) -> Found:
+    for i, e in enumerate(g.rows):
+        if not math.isfinite(e.rms):
+            reason = f"The rms of its output is {e.rms}, that of its input {e.in_rms:.3g}."
+            return i, Problem(e.name, "not finite", e.rms, reason)
+    return None
+
+
+def _equal(g: Graph) -> Found:
+    """Find a weight whose units are all the same, but not 0: nothing tells them apart."""
+    for i, e in enumerate(g.rows):
+        for w in e.weights:
+            if w.equal and w.trains and (w.mean or w.std):
+                reason = f"All units of {w.names[0]} have the same weights."
+                return i + 1, Problem(e.name, "equal units", 0.0, reason, fix(g, i))
+    return None
+
+
+def _dead(g: Graph) -> Found:
+    """Find an activation with more dead features than luck explains, or with all of them dead.
+
+    With weights and biases drawn symmetrically about 0, a feature is below 0 for all inputs as
+    often as it is above 0 for all. So the dead outnumber the others of m such features by 5 sqrt(m)
+    with a probability of at most exp(-5^2 / 2) = 4e-6 (Hoeffding's inequality).
+    """
+    for i, e in enumerate(g.rows):
+        fed = [g.rows[p] for p in e.parents]
+        if not e.dead or (len(fed) == 1 and fed[0].rms == 0):
+            continue
+        dead = round(e.dead * e.features)
+        everything = dead == e.features
+        if everything or dead - e.above > 5 * math.sqrt(dead + e.above):
+            source = e.parents[0] if len(e.parents) == 1 else i
+            reason = (
+                f"Of the {e.features} features of {e.name} ({e.kind}), {dead} are 0 for all inputs "
+                f"and positions, and {e.above} are never below 0; biases of 0 give as many of both."
+            )
+            end = source if everything else len(g.rows)
+            return end, Problem(g.rows[source].name, "dead", e.dead, reason)
+    return None
+
+
+def _constant(g: Graph) -> Found:
+    """Find an output that is the same for all inputs, though the layer's inputs differ.
+
+    It is a problem if all that comes after lives on it alone. At the end of a residual branch, and
+    in the last layer, zeros are a known way to start.
+    """
+
+    def alone(i: int) -> bool:
+        """Whether a layer is given nothing else, and nothing goes past it."""
+        after = g.children[i]
+        lives = [e for e in (g.rows[c] for c in after) if not size(e) > 0 or len(e.parents) == 1]
+        if not after or len(lives) < len(after):
+            return False
+        return any(g.rows[c].role in ("layer", "mixer", "activation") or alone(c) for c in after)
+
+    for i, e in enumerate(g.rows):
+        same = e.in_signal > 0 and e.signal == 0 if e.rms else e.in_rms != 0
+        if e.role != "activation" and same and alone(i):
+            reason = f"Its output is the same for all inputs, of rms {e.rms:.3g}."
+            return i, Problem(e.name, "constant", e.rms, reason, fix(g, i))
+    return None
+
+
+def _mean(g: Graph) -> Found:
+    """Find weights whose mean outweighs their differences in the sum over fan_in."""
+    for i, e in enumerate(g.rows):
+        for w in e.weights:
+            common = abs(w.mean) * math.sqrt(w.fan_in)
+            sure = abs(w.mean) * math.sqrt(min(w.numel, 1 << 18)) > 6 * w.std
+            if e.role == "layer" and w.std and common > 2 * w.std and sure and w.trains:
+                if g.info.get("trained"):
+                    continue
+                reason = f"The mean of {w.names[0]} is {w.mean:.3g}, their std {w.std:.3g}."
+                return i + 1, Problem(e.name, "mean", w.mean, reason, fix(g, i))
+    return None
+
+
+def _input(g: Graph) -> Found:
+    for i, e in enumerate(g.rows):
+        picked = [g.rows[p] for p in e.parents]
+        if e.role == "layer" and e.in_rms > 0 and not 1 / INPUT <= e.in_rms <= INPUT:
+            if not picked and not e.learned and not g.normed(i):
+                reason = f"The input has an rms of {e.in_rms:.3g}."
+                return i, Problem(e.name, "input scale", e.in_rms, reason)
+            if picked and all(p.role == "mixer" and not p.in_rms > 0 for p in picked):
+                worst = max(picked, key=lambda p: abs(log(p.rms)))
+                reason = f"Its output has an rms of {worst.rms:.3g}."
+                return i, Problem(worst.name, "scale", worst.rms, reason)
+    return None
+
+
+def _forward(g: Graph) -> Found:
+    """Find a signal that shrinks or grows, one layer out of scale, or outputs that are alike."""
+    if not g.rows or all(e.in_signal == 0 for e in g.rows if not e.parents):
+        return None
+    scaled = g.scaled()
+    for i in scaled:
+        end = g.end(i)
+        segment = g.segment(i)
+        level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
+        grown = log(size(g.rows[end])) - g.start[end]
+        level = max(level, 0.0) if g.aside(i) else level
+        level = min(level, grown) if level > 0 else level
+        # After a norm the next layer may be small by custom, as with a std of 0.02 at any width.
+        low = -max(
+            limit,
+            LEAP if g.rows[segment[0]].role != "layer" or g.main[segment[0]] is not None else 0.0,
+        )
+        low -= relu_loss(g.active[end], 1.0)
+        if low <= level <= limit or (level < 0 and g.joined(i)):
+            continue
+        on = [j for j in segment if j in scaled]
+        by = [(g.factor(j), j) for j in on if level > 0 or not g.joined(j)]
+        if culprits := _culprits(by, level):
+            (factor, row), kind = culprits[0], "shrinks" if level < 0 else "grows"
+            value = level
+            reason = (
+                f"Over {len(on)} layers the signal {times(level)}, in this one it "
+                f"{times(factor)}; {allowed(level, low if level < 0 else limit)}."
+            )
+            if len(culprits) == 1:
+                kind, value = "scale", factor
+            lines = "\n".join(filter(None, (fix(g, j) for _, j in culprits[:2])))
+            return row, Problem(g.rows[row].name, kind, math.exp(value), reason, lines)
+    middle = statistics.median(map(g.factor, scaled)) if len(scaled) > 2 else 0.0
+    alike = defaultdict(list)
+    for i in scaled:
+        alike[like(g.rows[i])].append(g.factor(i))
+    for i in scaled:
+        change, same = g.factor(i), alike[like(g.rows[i])]
+        usual, limit, what = middle, LEAP, "the median layer"
+        if len(same) > 3:
+            usual, what = statistics.median(same), f"the median of {len(same)} layers like it"
+            limit = LIKE + SDS * math.sqrt(5 / (4 * g.rows[i].features))
+        if change - usual > limit or (change - usual < -limit and not g.joined(i)):
+            reason = f"The signal {times(change)} here, in {what} it {times(usual)}."
+            return i, Problem(g.rows[i].name, "scale", math.exp(change), reason, fix(g, i))
+    return _output(g)
+
+
+def _output(g: Graph) -> Found:
+    """Find outputs that are alike, or too large."""
+    ends = [i for i in g.ends if g.rows[i].rms > 0]
+    if not ends:
+        return None
+    last = max(ends)
+    for i in ends:
+        e = g.rows[i]
+        limit = math.log(LOUD) + SDS * math.sqrt(g.walk[i])
+        if e.role == "layer" and log(e.rms) > limit:
+            reason = f"Its output has an rms of {e.rms:.3g}; {allowed(log(e.rms), limit)}."
+            return len(g.rows), Problem(e.name, "loud output", e.rms, reason, fix(g, i))
+    path = g.path(last)
+    while len(path) > 1 and g.rows[path[-1]].role == "activation":  # they shift all outputs
+        path.pop()
+    end, given = g.rows[path[-1]], g.rows[path[-1]].role == "layer"
+    signal, rms = (end.in_signal, end.in_rms) if given else (end.signal, end.rms)
+    pooled = 0.0
+    for i, j in pairwise(path):
+        a, b = g.rows[i], g.rows[j]
+        if _positions(a) > _positions(b) and a.signal > 0 and b.in_signal > 0:
+            fall = log(a.signal) - log(a.rms) - log(b.in_signal) + log(b.in_rms)
+            pooled += max(0.0, fall)
+    share = share_of(g)
+    active = sum(g.rows[i].role == "activation" for i in path[:-1])
+    floor = math.exp(log(share) - relu_loss(active, share) - pooled - SLACK)
+    if signal < floor * rms:
+        reason = (
+            f"Of the rms of what {end.name} {'is given' if given else 'puts out'} only the share "
+            f"{signal / rms:.2g} differs between inputs. As many ReLUs without biases, and the "
+            f"pooling, leave {floor:.2g} or more."
+        )
+        inner = [j for j in g.scaled() if j in path[:-1]]
+        shares = [(_share_change(g, j), j) for j in inner]
+        culprits = _culprits(shares, -1)
+        layer = g.rows[culprits[0][1]] if culprits else end
+        return len(g.rows), Problem(layer.name, "alike", signal / rms, reason)
+    return None
+
+
+def _share_change(g: Graph, i: int) -> float:
+    e, end = g.rows[i], g.rows[g.end(i)]
+    return log(end.signal) - log(end.rms) - log(e.in_signal) + log(e.in_rms)
+
+
+def _reached(g: Graph) -> Problem | None:
+    """Find a weight that the loss's data comes from, but its gradient does not come to."""
+    if not g.info.get("graded"):
+        return None
+    ancestors, todo = set(), list(g.info.get("ends", ()))
+    while todo:
+        if (i := todo.pop()) not in ancestors and i < len(g.rows):
+            ancestors.add(i)
+            todo += g.rows[i].parents
+    # A zero that gets a gradient wakes the zeros before it.
+    wakes = any(w.grad_rms and w.mean == w.std == 0 for e in g.rows for w in e.weights)
+    for i in sorted(ancestors):
+        e = g.rows[i]
+        for w in e.weights:
+            cut = w.grad_rms is None
+            stuck = not wakes and w.grad_rms == 0 and w.mean == w.std == 0
+            if w.trains and (cut or stuck):
+                what = "no gradient" if cut else "a gradient of 0, and is 0"
+                reason = f"{w.names[0]} gets {what}, though the loss is computed from it."
+                return Problem(e.name, "no gradient", 0.0, reason)
+    return None
+
+
+def _memory(g: Graph) -> Problem | None:
+    """Find a recurrent layer whose last step tells nothing of its first, or too much."""
+    for e in g.rows:
+        if e.memory is not None and not FORGOTTEN <= e.memory <= 1 / math.sqrt(FORGOTTEN):
+            change = log(e.memory)
+            kind = "forgets" if change < 0 else "gradient explodes"
+            reason = f"From its last step to its first a gradient {times(change)}."
+            return Problem(e.name, kind, e.memory, reason)
+    return None
+
+
+def _backward(g: Graph) -> Problem | None:
+    """Find gradients that vanish or explode on the data's path, from its end to its start."""
+    for e in reversed(g.rows):
+        if e.grad_rms is not None and not math.isfinite(e.grad_rms):
+            reason = f"The gradient of its output has rms {e.grad_rms}."
+            return Problem(e.name, "not finite", e.grad_rms, reason)
+    ends = [i for i in g.ends if g.rows[i].grad_rms]
+    if not ends:
+        return None
+    path = g.path(max(ends, key=lambda i: norm(g.rows[i])))
+    shown = set(g.scaled())
+    path = [
+        i
+        for i in path
+        if g.rows[i].grad_rms and (i in shown or g.rows[i].role == "norm" or g.rows[i].op == "mul")
+    ]
+    path = path[:-1] if len(path) > 1 and path[-1] in ends else path  # small on purpose, or not
+    if len(path) < 2:
+        return None
+    changes, total = [], 0.0
+    for i, j in pairwise(path):
+        if g.rows[j].op == "mul":  # small on purpose
+            continue
+        # An average over P positions divides the gradient's norm by sqrt(P), not what goes forward
+        pooled = log(_positions(g.rows[i]) / _positions(g.rows[j])) / 2
+        change = log(norm(g.rows[i])) - log(norm(g.rows[j]))
+        change += min(max(pooled, 0.0), max(-change, 0.0))
+        changes.append((change, j))
+        total += change
+    walk = sum(5 / (4 * g.rows[i].features) for i in path)
+    limit = SLACK + SDS * math.sqrt(walk)
+    growth = NORM_GROWTH * sum(g.rows[i].role == "norm" for i in path)
+    if -limit <= total <= limit + growth:
+        return None
+    kind, limit = ("vanishes", -limit) if total < 0 else ("explodes", limit + growth)
+    factor, row = _culprits(changes, total)[-1]
+    reason = (
+        f"From the last layer to the first its norm {times(total)}, through this one it "
+        f"{times(factor)}; {allowed(total, limit)}."
+    )
+    return Problem(g.rows[row].name, f"gradient {kind}", math.exp(total), reason, fix(g, row))
+
+
+def fix(g: Graph, i: int) -> str:
+    """Return the call that draws the weight of row i on the scale that its fan_in asks for."""
+    e = g.rows[i]
+    if not e.weights or e.role != "layer":
+        return ""
+    w = e.weights[0]
+    after = [g.rows[c] for c in g.children[i]]
+    op = after[0].op if len(after) == 1 and after[0].role == "activation" else ""
+    asked = GAINS.get(op, 1.0) / math.sqrt(w.fan_in)
+    name = of_attribute(w.names[0])
+    if op == "relu":
+        call = f'nn.init.kaiming_normal_({name}, nonlinearity="relu")'
+    else:
+        call = f"nn.init.normal_({name}, std={asked:.3g})"
+    return f"{call}  # std {asked:.3g}, is {w.std:.3g}"
+
+
+def _culprits(changes: Sequence[tuple[float, int]], total: float) -> list[tuple[float, int]]:
+    """Return the changes in the direction of `total` that are at least half as large as the worst.
+
+    The first of them is named: the one fault, or, where all layers share it, the first layer.
+    """
+    sign = math.copysign(1, total)
+    worst = max((sign * change for change, _ in changes), default=0.0)
+    return [c for c in changes if worst > 0 and sign * c[0] >= worst / 2]
+
+
+def relu_loss(layers: int, share: float) -> float:
+    """Return -log of the factor by which signal / rms falls through as many wide sound ReLU layers.
+
+    Two inputs of cosine cos t have, after such a layer, the cosine (sin t + (pi - t) cos t) / pi
+    (Cho & Saul 2009, Kernel methods for deep learning), and 1 - cosine is (signal / rms)^2.
+    """
+    cosine = 1 - share**2
+    for _ in range(layers):
+        t = math.acos(min(cosine, 1.0))
+        cosine = (math.sin(t) + (math.pi - t) * math.cos(t)) / math.pi
+    return log(share) - log(1 - cosine) / 2
+
+
+def like(e: LayerTrace) -> tuple:
+    """Return what layers have in common whose weights are drawn on one scale."""
+    return e.op, tuple((w.numel, w.fan_in) for w in e.weights)
+
+
+def share_of(g: Graph) -> float:
+    """Return signal / rms of the input; 1 if that is not known, as of tokens."""
+    first = next((e for e in g.rows if not e.parents and e.in_rms > 0), None)
+    share = first.in_signal / first.in_rms if first else 1.0
+    return min(share, 1.0) if share > 0 else 1.0
+
+
+def size(e: LayerTrace) -> float:
+    """Return the signal of a row, or its rms where there is one input only."""
+    return e.rms if math.isnan(e.signal) else e.signal
+
+
+def given_size(e: LayerTrace) -> float:
+    """Return the same of what it was given."""
+    return e.in_rms if math.isnan(e.in_signal) else e.in_signal
+
+
+def norm(e: LayerTrace) -> float:
+    """Return the norm of the gradient: a layer multiplies it as it multiplies the rms forward."""
+    return (e.grad_rms or 0.0) * math.sqrt(math.prod(e.shape))
+
+
+def _positions(e: LayerTrace) -> float:
+    return max(1.0, math.prod(e.shape[1:]) / e.features)
+
+
+def _rounded(e: LayerTrace) -> bool:
+    return e.rms == 0 or e.signal < ROUNDING * e.rms
+
+
+def log(number: float) -> float:
+    return math.log(max(number, 1e-300)) if number == number else 0.0
+
+
+def times(change: float) -> str:
+    """Say in words what adding `change` to a logarithm does."""
+    return f"{'falls' if change < 0 else 'grows'} {math.exp(abs(change)):.3g}-fold"
+
+
+def allowed(change: float, limit: float) -> str:
+    """Say in words how far a limit is passed."""
+    just = ", just beyond what we allow" if abs(change) < abs(limit) + math.log(1.5) else ""
+    return f"we allow {math.exp(abs(limit)):.3g}{just}"

@@ -1,0 +1,691 @@
+"""One pass through a model, watched: what multiplies data by a weight, and how large all gets.
+
+Tensors are of three kinds, told by their storage: weights (parameters, and what is computed from
+parameters and constants alone), data (what comes from the inputs), and constants (all else). Data
+knows the rows that feed it, so rows form a graph along the data's own paths.
+"""
+
+import copy
+import dataclasses
+import math
+import re
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from initlab.diagnose.rows import LayerTrace, Weight
+
+# Operations of aten that sum products with a weight, or pick its rows. Those of mkldnn and of
+# quantised or grouped products have such a name in theirs.
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "linear", "_trilinear"}
+PRODUCTS |= {"embedding", "_embedding_bag", "index", "index_select", "deform_conv2d"}
+PRODUCTS |= {"_embedding_bag_forward_only", "_addmm_activation", "_grouped_mm", "_scaled_mm"}
+LOOKUPS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select"}
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+RECURRENT |= {f"{name}_cell" for name in RECURRENT}
+NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")  # parts of names
+# Those that put out 0 for all inputs far below 0, and pass no gradient there.
+DYING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "gelu", "silu", "mish"}
+ACTIVATIONS = DYING | {"leaky_relu", "_prelu_kernel", "rrelu_with_noise", "elu", "celu", "glu"}
+ACTIVATIONS |= {"sigmoid", "tanh", "softplus", "log_sigmoid_forward", "softshrink", "hardshrink"}
+ROOTS = {"sqrt", "rsqrt", "std", "std_mean", "linalg_vector_norm", "norm"}  # norms divide by one
+SMALL = 0.3  # a factor on purpose, as of LayerScale or SkipInit; those of norms begin at 1
+SOFTMAX = {"_softmax", "_safe_softmax"}
+BLOCK = 1 << 16  # numbers that are made float64 at a time: they stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What is known of a storage that holds data.
+
+    Attributes:
+        origins: Indices of the rows that feed it.
+        whole: The row whose output it is, as it stands.
+        form: "root", as norms divide by; "shares", as a softmax puts out.
+    """
+
+    origins: frozenset[int] = frozenset()
+    whole: int | None = None
+    form: str = ""
+
+
+Names = tuple[str, ...]  # of the parameters that a weight was made from
+
+
+class Flow(TorchDispatchMode):
+    """Follows the data through all operations, and drafts a row for each that counts."""
+
+    def __init__(self, model: nn.Module, x: Any, trains: set[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = trains
+        self.paths = {m: _clean(name) for name, m in model.named_modules()}
+        self.parameters = {_clean(name): p for name, p in model.named_parameters()}
+        self.kinds: dict[int, Data | Names] = {_key(t): Data() for t in tensors(x)}
+        self.places = defaultdict(list)  # of the parameters in each storage
+        for name, p in self.parameters.items():
+            start = p.storage_offset()
+            self.places[_key(p)].append((start, start + p.numel(), name))
+        # Of an object that hides its tensors, all that is not the model's is data.
+        self.foreign = None if self.kinds else {_key(t) for t in model.buffers()}
+        first = next((t for t in tensors(x) if t.is_floating_point()), next(tensors(x), None))
+        self.n = len(first) if first is not None and first.dim() else 1
+        self.running: list[nn.Module] = []
+        self.rows: list[dict[str, Any]] = []
+        self.weights: dict[tuple[Names, tuple[int, ...]], Weight] = {}
+        self.group: dict[str, Any] | None = None  # a recurrent function in progress
+        self.as_data: int | None = None  # a weight that is given to a layer as its input
+        self.paused = self.closed = False  # measuring; rows are complete
+
+    def of(self, t: Tensor) -> Data | Names | None:
+        """Return what is known of a tensor; None for constants."""
+        key = _key(t)
+        if key == self.as_data:
+            return Data()
+        if key in self.kinds:
+            return self.kinds[key]
+        if places := self.places.get(key):
+            at = t.storage_offset()
+            return tuple(n for a, b, n in places if a <= at < b) or tuple(n for *_, n in places)
+        return Data() if self.foreign is not None and key not in self.foreign else None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        schema = getattr(func, "_schema", None)
+        op = (schema.name if schema else str(func)).rpartition("::")[2]
+        op = op.removesuffix("_") if schema and schema.is_mutable else op
+        given = [(t, self.of(t)) for t in tensors((args, kwargs))]
+        data = [(t, kind) for t, kind in given if isinstance(kind, Data)]
+        names = tuple(
+            dict.fromkeys(n for _, kind in given if isinstance(kind, tuple) for n in kind)
+        )
+        new: Data | Names | None = names or None
+        row = None
+        if data:
+            new = _joined(op, args, data)
+            if self.group is not None:
+                self.group["weights"] |= {n: t for t, k in given if isinstance(k, tuple) for n in k}
+                self.group["parents"] |= new.origins - {len(self.rows)}
+                new = Data(frozenset((len(self.rows),)))
+            elif not self.closed and (row := self.draft(func, op, args, kwargs, given, data)):
+                row["parents"] = new.origins
+                new = Data(frozenset((len(self.rows),)), len(self.rows))
+        out = func(*args, **kwargs)
+        before = {_key(t) for t, _ in given}
+        for t in (
+            self.written(schema, args, kwargs) if schema and schema.is_mutable else tensors(out)
+        ):
+            if (schema and schema.is_mutable) or _key(t) not in before:  # views stay what they were
+                self.kinds[_key(t)] = new if t.is_floating_point() or new is None else _whole(new)
+        if row is not None and (y := first_float(out)) is not None:
+            self.complete(row, y)
+            self.rows.append(row)
+        return out
+
+    def written(self, schema: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+        """Yield the tensors that an operation overwrites."""
+        for i, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                yield from tensors(value)
+
+    def draft(
+        self, func: Any, op: str, args: tuple, kwargs: dict, given: list, data: list
+    ) -> dict[str, Any] | None:
+        """Begin a row, with what is measured before the operation runs."""
+        inputs = [t for t, _ in data if t.is_floating_point() and t.numel()]
+        weight = self.weight(op, args, given) if op in PRODUCTS or "conv" in op else None
+        if weight is not None:
+            role = "mixer" if op in LOOKUPS else "layer"
+            t, names = weight
+            row = {"role": role, "weights": (self.facts(op, args, t, names),), "names": names}
+            x = inputs[0] if inputs and op not in LOOKUPS else None
+        elif not inputs:
+            return None
+        elif any(part in op for part in NORMS) and "backward" not in op:
+            role, x = "norm", inputs[0]
+            row = {"role": role}
+            named = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+            if named.get("training", "no_training" not in op) is False:
+                mean, var = named.get("running_mean"), named.get("running_var")
+                idle = mean is not None and not mean.any() and bool((var == 1).all())
+                row = {"role": "affine", "idle": idle}
+        elif op in ACTIVATIONS:
+            row, x = {"role": "activation"}, None
+        elif op == "mul" and (small := self.small(given)):
+            row, x = {"role": "affine", "names": small}, inputs[0]
+        elif op in ("mul", "div") and {kind.form == "root" for _, kind in data} == {True, False}:
+            row, x = {"role": "norm"}, next(t for t, kind in data if kind.form != "root")
+        else:
+            return None
+        whole = data[0][1].whole
+        if whole is not None and data[0][0].numel() == math.prod(self.rows[whole]["shape"]):
+            known = self.rows[whole]
+            row |= {"in_rms": known["rms"], "in_signal": known["signal"]}
+        elif x is not None:
+            size = measured(x, self.n)
+            row |= {"in_rms": size["rms"], "in_signal": size["signal"]}
+        module = self.running[-1] if self.running else None
+        if self.as_data is not None and _key(data[0][0]) == self.as_data:
+            row |= {"learned": True, "in_signal": math.nan}
+        return row | {"op": op, "module": module, "clipped": op == "hardtanh" and args[1:2] != (0,)}
+
+    def weight(self, op: str, args: tuple, given: list) -> tuple[Tensor, Names] | None:
+        """Return the tensor that data is multiplied by, if parameters of 2 dimensions made it."""
+        for t, names in given:
+            if isinstance(names, tuple) and t.dim() > 1:
+                large = any(self.parameters[n].dim() > 1 for n in names)
+                if large and (op not in LOOKUPS or t is args[0]):
+                    return t, names
+        return None
+
+    def small(self, given: list) -> Names:
+        """Return the parameters of a small factor for each channel, as LayerScale has."""
+        for t, names in given:
+            if isinstance(names, tuple) and rms(t) < SMALL:
+                return names
+        return ()
+
+    def facts(self, op: str, args: tuple, t: Tensor, names: Names) -> Weight:
+        """Return what is known of a weight; measured once."""
+        if (key := (names, tuple(t.shape))) in self.weights:
+            return self.weights[key]
+        if "conv" in op:
+            transposed = len(args) > 6 and args[6] is True
+            units = (t.transpose(0, 1) if transposed else t).flatten(1)
+            strides = math.prod(args[3]) if transposed else 1
+            fan_in = max(1, units.shape[1] // strides // (args[8] if transposed else 1))
+        elif op in LOOKUPS:
+            units, fan_in = t.flatten(1), 1
+        elif op in PRODUCTS - {"linear", "_trilinear"}:
+            right = [a for a in args if isinstance(a, Tensor)][-1] is t
+            units = t.transpose(-1, -2) if right else t
+            fan_in = units.shape[-1]
+        else:
+            units = t.flatten(1)
+            fan_in = units.shape[1]
+        return self.weights.setdefault(
+            key, _facts(names, units.detach(), fan_in, self.trains(names))
+        )
+
+    def trains(self, names: Names) -> bool:
+        return any(self.parameters[n] in self.trained for n in names)
+
+    def complete(self, row: dict[str, Any], y: Tensor) -> None:
+        """Add what is measured after the operation."""
+        row |= {"shape": tuple(y.shape), "output": y, **measured(y, self.n)}
+        if row.get("learned"):  # it does not depend on the inputs
+            row["signal"] = math.nan
+        axis = 1 if "conv" in row["op"] or "batch_norm" in row["op"] or "group" in row["op"] else -1
+        sources = [self.rows[i] for i in row["parents"]]
+        if row["role"] in ("activation", "norm") and "conv" not in row["op"] and sources:
+            source = sources[-1]
+            axis = source["axis"]
+            if y.dim() <= abs(axis) or y.shape[axis] != source["features"]:
+                flat = math.prod(y.shape[1:]) == source["features"]
+                axis = 0 if flat else -1 if y.shape[-1] == source["features"] else axis
+        axis = min(axis, y.dim() - 1)
+        features = math.prod(y.shape[1:]) if axis == 0 else y.shape[axis]
+        row |= {"axis": axis, "features": features}
+        if row["role"] == "activation" and row["op"] in DYING and not row["clipped"]:
+            others = [0] if axis == 0 else [d for d in range(y.dim()) if d != axis % y.dim()]
+            v = y.detach()
+            dead = (v.amax(others) == 0 if others else v == 0).logical_and(
+                v.amin(others) == 0 if others else v == 0
+            )
+            row["dead"] = dead.double().mean().item()
+            if row["dead"]:
+                row["above"] = int((v.amin(others) > 0).sum()) if others else int((v > 0).sum())
+
+    def settle(self, start: int, call: str, out: Any) -> None:
+        """Hook the gradients of rows whose function has returned, with the shape it returned."""
+        for row in self.rows[start:]:
+            y = row.pop("output", None)
+            if y is None:
+                continue
+            same = (t for t in tensors(out) if t.numel() == y.numel() and _key(t) == _key(y))
+            if (outer := next(same, None)) is not None and len(self.rows) == start + 1:
+                row |= {"shape": tuple(outer.shape), "call": call}
+            y = y if outer is None else outer
+            if y.requires_grad:
+                # Such a hook still sees the gradient of this value when y is overwritten in place.
+                y.register_hook(lambda g, row=row: row.update(grad_rms=rms(g)))
+
+
+class Watch(TorchFunctionMode):
+    """Sees the calls of functions, around the operations that they consist of."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        flow, name, kwargs = self.flow, getattr(func, "__name__", ""), kwargs or {}
+        start = len(flow.rows)
+        if name in RECURRENT and flow.group is None and not flow.closed:
+            flow.group = {"weights": {}, "parents": frozenset(), "x": first_float(args)}
+        # Tokens that are learned are data to a layer.
+        if name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(flow.of(args[0]), tuple):
+            flow.as_data = _key(args[0])
+        try:
+            out = func(*args, **kwargs)
+            flow.paused = True
+            if flow.group is not None:
+                self.recur(name, out)
+                if torch.is_grad_enabled() and len(flow.rows) > start:
+                    flow.rows[-1]["memory"] = _memory(func, args, kwargs)
+            flow.settle(start, name, out)
+        finally:
+            flow.paused, flow.group, flow.as_data = False, None, None
+        return out
+
+    def recur(self, name: str, out: Any) -> None:
+        """Add one row for all that a recurrent function did."""
+        flow, group = self.flow, self.flow.group
+        y = first_float(out)
+        if group is None or y is None or not group["weights"]:
+            return
+        weights = {n: t for n, t in group["weights"].items() if flow.parameters[n].dim() > 1}
+        facts = [flow.facts("linear", (), flow.parameters[n], (n,)) for n in weights]
+        row = {"role": "mixer", "op": name, "weights": tuple(facts), "names": tuple(weights)}
+        row |= {"parents": group["parents"], "clipped": False}
+        row["module"] = flow.running[-1] if flow.running else None
+        x = group["x"]
+        if x is not None:
+            size = measured(x, flow.n)
+            row |= {"in_rms": size["rms"], "in_signal": size["signal"]}
+        flow.complete(row, y)
+        flow.rows.append(row)
+
+
+def watched(
+    model: nn.Module, x: Any, target: Any, loss: Callable[..., Tensor] | None
+) -> tuple[list[LayerTrace], dict[str, Any]]:
+    """Run the model once; return its rows, and what else the verdict needs to know."""
+    for name in ("module", "_orig_mod"):  # DataParallel and its kin; torch.compile
+        while isinstance(inner := getattr(model, name, None), nn.Module) and (
+            name == "_orig_mod" or hasattr(model, "device_ids")
+        ):
+            model = inner
+    _refuse(model, x)
+    parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+    trains, starts = {p for p in parameters if p.requires_grad}, []
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        copies = mapped(lambda t: t.detach().clone(), x)
+        if loss is not None and not parameters:
+            starts = [t.requires_grad_() for t in tensors(copies) if t.is_floating_point()]
+            copies = mapped(lambda t: t.clone(), copies)  # which the model may change in place
+        devices = {t.device for t in (*tensors(x), *model.parameters()) if t.is_cuda}
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.set_grad_enabled(loss is not None))
+        stack.enter_context(_kept(model, loss is not None))
+        flow = Flow(model, copies, trains)
+        watch = Watch(flow)
+        args, kwargs = ((), dict(copies)) if isinstance(copies, Mapping) else (copies, {})
+        args = args if isinstance(args, tuple | list) else (args,)
+        torch.clear_autocast_cache()  # its copies of the weights would be strangers
+        stack.callback(torch.clear_autocast_cache)
+        with _hooked(flow), flow, watch:
+            output = model(*args, **kwargs)
+            flow.closed = True
+            if not flow.rows:
+                raise ValueError("no layer or activation ran: nothing to trace")
+            value = None
+            if loss is not None:
+                value = loss(output) if target is None else loss(output, target)
+                if not isinstance(value, Tensor) or value.numel() != 1:
+                    shape = getattr(value, "shape", None)
+                    got = f"{value!r}" if shape is None else f"shape {tuple(shape)}"
+                    raise ValueError(f"the loss must be a scalar tensor, got {got}")
+            ends = [flow.of(t) for t in tensors(output if value is None else value)]
+        info: dict[str, Any] = {
+            "n": flow.n,
+            "ends": frozenset().union(*(k.origins for k in ends if isinstance(k, Data))),
+            "sizes": {n: p.numel() for n, p in flow.parameters.items() if p.dim() > 1},
+            "trained": _trained(model),
+            "graded": loss is not None,
+            "value": None if value is None else value.detach().double().item(),
+            "target": target if isinstance(target, Tensor) else None,
+        }
+        first = first_float(copies)
+        info |= {} if first is None else {f"x_{k}": v for k, v in measured(first, flow.n).items()}
+        grads: dict[str, float] = {}
+        if value is not None:
+            if not value.requires_grad:
+                raise ValueError("the loss does not depend on any layer or parameter")
+            grads = _gradients(value, flow, starts)
+    return _named(flow, grads), info
+
+
+def _refuse(model: nn.Module, x: Any) -> None:
+    for name, m in model.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            what = f"{name or 'the model'} is a {type(m).__name__}"
+            raise ValueError(f"{what}, which hides its operations; trace what it was made from")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("the model has layers without a shape (lazy); run it once")
+    for t in (*tensors(x), *model.parameters(), *model.buffers()):
+        if t.is_meta:
+            raise ValueError("model or x is on the meta device, which holds no numbers")
+    for t in tensors(x):
+        if not t.numel():
+            raise ValueError(f"x is empty, of shape {tuple(t.shape)}")
+
+
+@contextmanager
+def _kept(model: nn.Module, backward: bool) -> Iterator[None]:
+    """Let copies take the buffers' places; meanwhile frozen parameters pass gradients on."""
+    copies = {b: b.detach().clone() for b in model.buffers()}
+    buffers = [(m, dict(m._buffers)) for m in model.modules() if m._buffers]
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_leaf]
+    frozen = [p for p in frozen if backward and (p.is_floating_point() or p.is_complex())]
+    try:
+        for m, before in buffers:
+            m._buffers.update({n: copies.get(b, b) for n, b in before.items()})
+        for p in frozen:
+            p.requires_grad_()
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        for m, before in buffers:
+            m._buffers.clear()
+            m._buffers.update(before)
+
+
+@contextmanager
+def _hooked(flow: Flow) -> Iterator[None]:
+    """Let the flow know which module runs; other threads that run it are not its business."""
+    thread = threading.get_ident()
+
+    def before(module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() == thread:
+            flow.running.append(module)
+
+    def after(module: nn.Module, _args: Any, _output: Any) -> None:
+        if threading.get_ident() == thread and module in flow.running:
+            while flow.running.pop() is not module:
+                pass  # a module inside it raised, and the model caught that
+
+    with ExitStack() as hooks:
+        for m in flow.paths:
+            if any(hasattr(m, name) for name in ("_orig_mod", "_compiled_call_impl")) and getattr(
+                m, "_compiled_call_impl", True
+            ):
+                hooks.enter_context(torch.compiler.set_stance("force_eager"))
+            hooks.enter_context(m.register_forward_pre_hook(before))
+            hooks.enter_context(m.register_forward_hook(after))
+        yield
+
+
+def _gradients(value: Tensor, flow: Flow, starts: list[Tensor]) -> dict[str, float]:
+    """Return the rms of the gradient of each parameter that trains; rows hook their own."""
+    named = {n: p for n, p in flow.parameters.items() if p.requires_grad}
+    if not _reenters(value):
+        # Not value.backward(): that would add to the .grad of the parameters.
+        grads = torch.autograd.grad(value, [*named.values(), *starts], allow_unused=True)
+    else:  # as reentrant checkpointing asks for
+        before = [(p, p.grad) for p in named.values()]
+        try:
+            for p in named.values():
+                p.grad = None
+            value.backward()
+            grads = tuple(p.grad for p in named.values())
+        finally:
+            for p, grad in before:
+                p.grad = grad
+    return {n: rms(g) for n, g in zip(named, grads, strict=False) if g is not None}
+
+
+def _reenters(value: Tensor) -> bool:
+    seen, todo = set(), [value.grad_fn]
+    while todo:
+        if (node := todo.pop()) is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        todo += [n for n, _ in node.next_functions]
+    return False
+
+
+def _named(flow: Flow, grads: dict[str, float]) -> list[LayerTrace]:
+    """Return the rows that were drafted, with their names."""
+    calls: Counter[str] = Counter()
+    fields = {f.name for f in dataclasses.fields(LayerTrace)}
+    rows = []
+    for row in flow.rows:
+        name, kind = _name(flow, row)
+        calls[name] += 1
+        row["name"] = name + (f"#{calls[name]}" if calls[name] > 1 else "")
+        row["kind"], row["parents"] = kind, tuple(sorted(row["parents"]))
+        weights = tuple(
+            dataclasses.replace(w, grad_rms=max(found))
+            if (found := [grads[n] for n in w.names if n in grads])
+            else w
+            for w in row.get("weights", ())
+        )
+        row["weights"] = weights
+        own = row["module"]._parameters.get("weight") if row["module"] is not None else None
+        slope = next((n for n, p in flow.parameters.items() if p is own), "") if not weights else ""
+        graded = weights[0] if weights else None
+        if graded is not None and graded.trains:
+            row["weight_grad_rms"] = grads.get(graded.names[0])
+        elif slope and flow.trains((slope,)):
+            row["weight_grad_rms"] = grads.get(slope)
+        rows.append(LayerTrace(**{k: v for k, v in row.items() if k in fields}))
+    return rows
+
+
+def _name(flow: Flow, row: dict[str, Any]) -> tuple[str, str]:
+    module, names = row["module"], row.get("names", ())
+    call = row.get("call", row["op"]).strip("_").replace("_", "")
+    if module is None:
+        return call, call
+    path = flow.paths[module]
+    root = path or type(module).__name__
+    own = {n: p for n, p in module.named_parameters(recurse=False)}
+    if not names:
+        weighed = any(p.dim() > 1 for p in own.values())
+        leaf = not any(True for _ in module.children()) and not weighed
+        if leaf or (row["role"] in ("norm", "affine") and own and not weighed):
+            return root, type(module).__name__
+        return (f"{path}.{call}" if path else call), call
+    if len(names) > 1:
+        inside = all(n.startswith(f"{path}.") or not path for n in names)
+        return (root, type(module).__name__) if inside else (names[0].rpartition(".")[0], call)
+    parameter = flow.parameters[names[0]]
+    tied = next((n for n, p in own.items() if p is parameter), None)
+    full = names[0] if tied is None else f"{path}.{tied}" if path else tied
+    full = re.sub(r"parametrizations\.(\w+)\.original\d?", r"\1", full)
+    short = full.removesuffix(".weight") if full != "weight" else ""
+    return (root, type(module).__name__) if short == path else (short or root, call)
+
+
+def _clean(name: str) -> str:
+    """Return a qualified name as it is without torch.compile."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _trained(model: nn.Module) -> bool:
+    """Return whether a norm's weight is not constant, as each is before training."""
+    norms = (m for m in model.modules() if "Norm" in type(m).__name__)
+    weights = (w for m in norms for w in m._parameters.values() if w is not None)
+    return any(w.dim() == 1 and len(w) > 1 and bool((w != w[0]).any()) for w in weights)
+
+
+def measured(y: Tensor, n: int) -> dict[str, float]:
+    """Return mean, std, rms and signal of y, with sums in float64, block by block."""
+    v = _by_input(y.detach(), n)
+    n, size = v.shape
+    means, squares = _passes(v, None)
+    shared = n * means.square().sum()
+    within = squares - shared
+    if n > 1 and not within > 1e-6 * squares:  # else rounding counts: again, from the first input
+        shifts, apart = _passes(v, v[0])
+        within = apart - n * shifts.square().sum()
+    mean = means.mean()
+    between = n * (means - mean).square().sum()
+    count = v.numel()
+    squares = squares / count
+    variances = [(within + between) / (count - 1 or math.nan)]
+    variances.append(within / (count - size or math.nan))
+    std, signal = (math.sqrt(max(0.0, s)) if s == s else math.nan for s in map(float, variances))
+    return {"mean": mean.item(), "std": std, "rms": squares.sqrt().item(), "signal": signal}
+
+
+def _passes(v: Tensor, origin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return, of v (n, size) less its origin, the means over n, and the sum of all squares."""
+    n, size = v.shape
+    on = torch.device("cpu") if v.device.type == "mps" else v.device  # mps has no float64
+    width = max(1, BLOCK * (64 if on.type != "cpu" else 1) // n)
+    means = torch.empty(size, dtype=torch.float64, device=on)
+    total = torch.zeros((), dtype=torch.float64, device=on)
+    share = torch.full((n,), 1 / n, dtype=torch.float64, device=on)
+    space = torch.empty(n * min(width, size), dtype=torch.float64, device=on)
+    for start in range(0, size, width):
+        part = v[:, start : start + width]
+        flat = space[: part.numel()]
+        block = flat.view(part.shape).copy_(part)
+        if origin is not None:
+            block -= origin[start : start + width].to(block)
+        if n > 1:
+            torch.mv(block.t(), share, out=means[start : start + width])
+        else:
+            means[start : start + width] = flat
+        total += torch.dot(flat, flat)
+    return means, total
+
+
+def rms(g: Tensor) -> float:
+    """Return the root mean square of a tensor, dense or sparse."""
+    count = g.numel()
+    g = g.coalesce().values() if g.is_sparse else g
+    return math.sqrt(_passes(_by_input(g.detach(), 1), None)[1].item() / max(count, 1))
+
+
+def _by_input(y: Tensor, n: int) -> Tensor:
+    """Return y as (n, all else): n is the first dimension, or a factor of it, or the second."""
+    y = torch.view_as_real(y) if y.is_complex() else torch.atleast_1d(y)
+    if y.shape[0] % n and y.dim() > 1 and y.shape[1] == n:
+        y = y.transpose(0, 1)
+    elif y.shape[0] % n:
+        n = y.shape[0]
+    # In the order of memory, which needs no copy
+    y = y.permute(0, *sorted(range(1, y.dim()), key=lambda d: -y.stride(d)))
+    return y.reshape(n, -1)
+
+
+def _memory(func: Callable, args: tuple, kwargs: dict) -> float | None:
+    """Return the rms of a gradient from the last step at the first step, over that at the last.
+
+    None for cells, for packed sequences and for a single step.
+    """
+    x, batch_first = args[0], args[-1]
+    if not isinstance(batch_first, bool) or x.dim() != 3:
+        return None
+    steps = 1 if batch_first else 0
+    x = x.detach().requires_grad_()
+    last = func(x, *args[1:], **kwargs)[0].select(steps, -1)
+    last = last[:, : last.shape[1] // (2 if args[-2] else 1)]  # forward in time
+    weights = torch.randn(last.shape, generator=torch.Generator().manual_seed(0)).to(last)
+    (grad,) = torch.autograd.grad((last * weights).sum(), x)
+    now = rms(grad.select(steps, -1))
+    return rms(grad.select(steps, 0)) / now if x.shape[steps] > 1 and now else None
+
+
+def _facts(names: Names, units: Tensor, fan_in: int, trains: bool) -> Weight:
+    """Measure a weight (..., units, entries), by a sample of at most about 260,000 entries."""
+    count = units.numel()
+    flat = units.reshape(-1)
+    sample = flat[:: (count >> 18) | 1].double()
+    mean, std = sample.mean().item(), sample.std(correction=0).item()
+    z = (sample - mean) / std if std > 0 else sample
+    # The first row of an embedding may be that of the padding.
+    last, others = units[..., -1:, :], units[..., 1 if fan_in == 1 else 0 : -1, :]
+    equal = others.shape[-2] > 0 and torch.equal(others[..., :1, :], last)
+    equal = equal and bool((others == last).all())
+    kurtosis = z.square().square().mean().item() - 3 if std > 0 else 0.0
+    return Weight(names, count, fan_in, mean, std, kurtosis, equal, trains)
+
+
+def _joined(op: str, args: tuple, data: list) -> Data:
+    """Return what the output of an operation is that makes no row."""
+    if "scaled_dot_product" in op:  # the values are averaged, queries and keys only choose
+        data = [(t, kind) for t, kind in data if t is args[2]] or data
+    forms = {kind.form for _, kind in data}
+    if "shares" in forms and len(forms) > 1:
+        data = [(t, kind) for t, kind in data if kind.form != "shares"]
+        forms.discard("shares")
+    origins = frozenset().union(*(kind.origins for _, kind in data))
+    root = op in ROOTS or (op == "pow" and args[1] in (0.5, -0.5))
+    form = "root" if root else "shares" if op in SOFTMAX else min(forms) if len(forms) == 1 else ""
+    return Data(origins, None, form)
+
+
+def _whole(new: Data | Names) -> Data | Names:
+    """Return what integers keep: that they are data, not where they come from."""
+    return Data() if isinstance(new, Data) else new
+
+
+def _key(t: Tensor) -> int:
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse
+        return id(t)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in dataclasses.fields(value):
+            yield from tensors(getattr(value, item.name))
+
+
+def mapped(f: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of a nest of tensors with f of each."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, tuple | list):
+        items = [mapped(f, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        new = copy.copy(value)
+        for key, item in value.items():
+            new[key] = mapped(f, item)
+        return new
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for item in dataclasses.fields(value):
+            object.__setattr__(new, item.name, mapped(f, getattr(value, item.name)))
+        return new
+    return value
+
+
+def first_float(value: Any) -> Tensor | None:
+    """Return the first tensor of real or complex numbers that is not empty."""
+    floats = (t for t in tensors(value) if t.is_floating_point() or t.is_complex())
+    return next((t for t in floats if t.numel()), None)
