@@ -65,6 +65,7 @@ def regenerate(path: Path) -> None:
 def main(prefixes: list[str]) -> None:
     """Regenerate the notebooks whose names begin with one of `prefixes`; without any, all."""
     os.environ["TQDM_DISABLE"] = "1"  # progress bars are not part of an output
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on shared cores two are many times slower
     for prefix in prefixes or [""]:
         paths = sorted(NOTEBOOKS.glob(f"{prefix}*.ipynb"))
         if not paths:
