@@ -30,20 +30,12 @@ def draw(
     A draw is what `initialize_` with these arguments makes of a layer like this. Memory does not
     grow with `n`, but for the result. The work is done on the CPU.
 
-    Args:
-        x: As in `predict`.
-        layer: As in `predict`; left as it is.
-        scheme: As in `initialize_`.
-        a: As in `predict`.
-        bias: As in `predict`.
-        n: Number of draws.
-        generator: Source of the random numbers, or the seed of a new one; by default torch's
-            global one.
-        gain: As in `predict`.
+    The arguments are those of `predict`, whose errors are raised, with "orthogonal" for `scheme` as
+    well; a `generator` is the source of the random numbers, or the seed of a new one, by default
+    torch's global one. `layer` is left as it is.
 
     Raises:
-        ValueError: `n` < 1; else as `predict` raises it.
-        TypeError: As `predict` raises it.
+        ValueError: The number of draws `n` is below 1.
 
     Example:
         >>> x = torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -17,14 +17,8 @@ Scheme = Literal[
 ]
 Mode = Literal["fan_in", "fan_out"]
 Bias = Literal["keep", "zeros", "default"]
-CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Activation = Callable[[Tensor], Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 

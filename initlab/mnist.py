@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 2500  # pictures normalised at a time: 8 MB, so that the second step finds them in cache
-NAMES = [
-    f"{part}-{kind}-ubyte.gz"
-    for part in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-]
+KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
+NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS]
 SHA256 = {  # of the four files, unpacked: they have been packed in more than one way
     "MNIST": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",

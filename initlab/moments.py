@@ -7,7 +7,7 @@ numbers a draw, the half-moments, serve every slope.
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -129,7 +129,7 @@ class Each(NamedTuple):
 class Predicted:
     """What `predict` returns: `at` gives the moments after any leaky ReLU.
 
-    Methods raise a ValueError for a slope that is not finite, a factor that is not positive.
+    Methods raise a ValueError for a slope that is not finite.
 
     Attributes:
         halves: float64 tensor (4,): E[y+], E[y-], E[y+^2], E[y-^2], over outputs and draws.
@@ -179,12 +179,6 @@ class Predicted:
         sds = math.sqrt(m_var), std_sd, rms_sd
         return PredictedMoments(mean, math.sqrt(variance), math.sqrt(square), *sds, doubt)
 
-    def scaled(self, factor: float) -> "Predicted":
-        """Return what weights and bias `factor` > 0 times as large give."""
-        scale = _scale(factor)
-        covariance = self.covariance * scale.outer(scale)
-        return replace(self, halves=self.halves * scale, covariance=covariance)
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -214,10 +208,6 @@ class Drawn:
         sds = (values.std().item() if n > 1 else math.nan for values in each)
         return DrawnMoments(each.mean.mean().item(), std, rms, *sds, n=n)
 
-    def scaled(self, factor: float) -> "Drawn":
-        """Return what weights and bias `factor` > 0 times as large give."""
-        return replace(self, halves=self.halves * _scale(factor))
-
 
 def _root(mean: float, variance: float, skew: float) -> tuple[float, float]:
     """Return the mean and sd of the root of a positive number that is a constant + a gamma one.
@@ -244,10 +234,3 @@ def _slope_vectors(slope: float | None) -> tuple[Tensor, Tensor]:
     return torch.tensor(
         [[1, slope, 0, 0], [0, 0, 1, slope**2]], dtype=torch.float64, device="cpu"
     ).unbind()
-
-
-def _scale(factor: float) -> Tensor:
-    """Return the factors of the half-moments of `factor` times y."""
-    if not 0 < factor < math.inf:
-        raise ValueError(f"the factor must be positive and finite, got {factor}")
-    return torch.tensor([factor, factor, factor**2, factor**2], dtype=torch.float64, device="cpu")

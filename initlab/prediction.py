@@ -41,13 +41,10 @@ def predict(
     mean square of a draw for a gamma number, shifted. All this against 20,000 draws of each case:
     data/predict. The work is done on the CPU; memory grows with fan_in squared.
 
-    Args:
-        x: Batch of shape (N, C, H, W) for a Conv2d, (N, in_features) for a Linear.
-        layer: All but its values is used; zero padding only.
-        scheme: As in `initialize_`, except "orthogonal", whose weights are not independent.
-        a: As in `initialize_`; the mode is "fan_in".
-        bias: "default" is U(-1/sqrt(fan_in), 1/sqrt(fan_in)), "zeros" none.
-        gain: As in `initialize_`.
+    `x` is a batch (N, C, H, W) for a Conv2d, (N, in_features) for a Linear. Of `layer` all but its
+    values is used. `scheme`, `a` and `gain` are as in `initialize_`, but for "orthogonal", whose
+    weights are not independent, with mode "fan_in"; a `bias` is U(-1/sqrt(fan_in), 1/sqrt(fan_in)),
+    by "default", or none.
 
     Raises:
         ValueError: Unknown scheme or bias; an `a` or `gain` as in `initialize_`; `x` empty, not

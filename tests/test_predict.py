@@ -397,27 +397,6 @@ def test_slope_must_be_finite(slope):
             moments.at(slope)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.3])
-def test_scaled_weights(factor):
-    x, layer = correlated((2, 1, 6, 6)), nn.Conv2d(1, 3, 3, bias=False)
-    a = math.sqrt(2 / factor**2 - 1)  # of a gain that is `factor` times that of a = 1
-    for f in (predict, lambda *args: draw(*args, n=4, generator=0)):
-        plain, scaled = f(x, layer, "kaiming_uniform", 1.0), f(x, layer, "kaiming_uniform", a)
-        assert plain.scaled(factor).count == plain.count
-        assert plain.scaled(factor).at(0.3)[6:] == plain.at(0.3)[6:]
-        for told, seen in zip(plain.scaled(factor).at(0.3)[:6], scaled.at(0.3)[:6], strict=True):
-            # The weights drawn are of float32
-            torch.testing.assert_close(told, seen, rtol=1e-6, atol=1e-6 * scaled.at(0.3).rms_sd)
-
-
-@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
-def test_factor_must_be_positive(factor):
-    x, layer = torch.ones(2, 3), nn.Linear(3, 2)
-    for moments in (predict(x, layer, "default"), draw(x, layer, "default", n=2)):
-        with pytest.raises(ValueError, match=f"positive and finite, got {factor}"):
-            moments.scaled(factor)
-
-
 def test_leading_term_from_the_closed_forms_of_gaussian_weights(monkeypatch):
     # E of the second derivatives of f(y) and g(y') are derivatives of E f(y) g(y') by covariances
     x, layer = torch.randn(2, 4, dtype=torch.float64, generator=generator()), nn.Linear(4, 1, False)
