@@ -17,6 +17,8 @@ import torch
 from machines import FIGURE_TOLERANCE, figure_difference
 from regenerate import METADATA, pictures, tags
 
+from initlab import conv_stack, load_mnist, trace
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 NOTEBOOKS = {p: nbformat.read(p, as_version=4) for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
@@ -172,8 +174,19 @@ def test_numbers_of_the_text_are_shown_on_the_page_or_for_the_readme_on_one_of_t
     assert [number for number in claims if not is_rounded_from(number, found)] == []
 
 
+def test_recipe_of_the_readme_gives_a_net_without_problems():
+    recipe, _ = re.findall(r"```python\n(.*?)```", prose(README), re.DOTALL)
+    x = load_mnist().x_valid[:8]
+    for depth in (4, 30):
+        net = conv_stack(depth, 32, downsample=2, classes=10)
+        assert trace(net, x).problems() or depth == 4
+        exec(recipe, {"net": net, "nn": torch.nn})
+        assert trace(net, x).problems() == []
+        assert not any(layer.bias.any() for layer in net if hasattr(layer, "bias"))
+
+
 def test_example_of_the_readme_gives_the_numbers_of_its_comments():
-    (example,) = re.findall(r"```python\n(.*?)```", prose(README), re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", prose(README), re.DOTALL)
     names, checked = {}, 0
     for line in example.splitlines():
         statement, _, comment = line.partition("  # ")
