@@ -2,11 +2,13 @@
 
 import base64
 import io
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
@@ -19,6 +21,16 @@ COLORS = {
     "orthogonal": "C3",
     "xavier_normal": "C4",
 }
+
+
+def set_up() -> None:
+    """Set the style of the pages, and one thread for torch unless OMP_NUM_THREADS is set.
+
+    One is enough for what they compute; two on shared cores wait for each other.
+    """
+    plt.style.use("initlab.style")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def show(figure: Figure, alt: str) -> None:
