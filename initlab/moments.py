@@ -169,10 +169,12 @@ class Predicted:
         _, std_sd = _root(variance, s_var, self.skew)
 
         doubt = ""
-        numbers = 2 * square**2 / q_var if q_var else math.inf  # as many equal squares vary as much
+        # As many equal squares vary as much. With a slope below 0, where |y| counts most, it is the
+        # skewed ones that are far off; the limits are from the cases of data/predict
+        numbers = 2 * square**2 / q_var if q_var else math.inf
         if self.parts < 1.6:
             doubt = f"{self.parts:.1f} uniform weights make up an output"
-        elif numbers < (8 if slope is None or slope >= 0 else 100):  # below 0, |y| counts most
+        elif numbers < max(8, 110 * (self.skew - 1) * (slope is not None and slope < 0)):
             doubt = f"the mean square of a draw varies as that of {numbers:.1f} numbers"
         if doubt:
             warnings.warn(f"{doubt}: its sd's are rough", stacklevel=2)

@@ -437,7 +437,7 @@ DOUBTFUL = {
     "one weight an output": (torch.eye(10), nn.Linear(10, 32, bias=False), 0.0),
     "one filter": (correlated((3, 1, 9, 8)), nn.Conv2d(1, 1, 5), 0.0),
     "no activation, and few": (1 + 0.1 * correlated((9, 5)), nn.Linear(5, 2), 1.0),
-    "a slope below 0": (correlated((3, 1, 9, 8)), nn.Conv2d(1, 6, 5), -1.0),
+    "a slope below 0": (2 + correlated((90, 25)), nn.Linear(25, 16), -1.0),
 }
 
 
