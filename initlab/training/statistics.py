@@ -173,9 +173,8 @@ def select(record: pd.DataFrame, arm: Run) -> pd.DataFrame:
 
     Raises a ValueError if there are none, or several final ones of a seed.
     """
-    rows = record
-    for field in set(RUN) - {"rate", "seed"}:
-        rows = rows[rows[field] == getattr(arm, field)]
+    same = [record[name] == getattr(arm, name) for name in RUN if name not in ("rate", "seed")]
+    rows = record[np.logical_and.reduce(same)]
     if rows.empty or (arm.stage == "final" and rows["seed"].duplicated().any()):
         raise ValueError(f"none, or several of a seed, of {arm}")
     return rows.sort_values(["rate", "seed"])
