@@ -319,7 +319,7 @@ def test_the_line_at_a_thousandth():
 
 def test_norms():
     plain, batch = ([n for n in FAMILY if w in n] for w in ("layers", "BatchNorm"))
-    assert TABLE["came"][plain[:4]].sum() == 17
+    assert (TABLE["came"][plain[:4]].sum(), TABLE["came"][plain[4:8]].sum()) == (17, 30)
     assert TABLE["came"][batch].tolist() == [8] * 8
     # Neither init needs twice the other's steps
     norms = TABLE[TABLE.index.str.contains("Norm")]
