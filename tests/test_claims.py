@@ -211,7 +211,7 @@ def test_best_rates():
     for depth in (8, 16):
         tuned = select(RECORD, Run(depth=depth))
         assert (tuned["valid_accuracy"] < CHANCE).all()
-        assert tuned["rate"].nunique() == 5
+        assert (len(tuned), tuned["rate"].nunique()) == (10, 5)
         tuned = select(RECORD, kaiming(Run(depth=depth)))
         assert (tuned[tuned["rate"] == 0.0316]["valid_accuracy"] < CHANCE).sum() == 1
 
@@ -315,6 +315,22 @@ def test_the_line_at_a_thousandth():
 
 
 # ---- What repairs it
+
+
+def test_norms():
+    plain, batch = ([n for n in FAMILY if w in n] for w in ("layers", "BatchNorm"))
+    assert (TABLE["came"][plain[:4]].sum(), TABLE["came"][plain[4:8]].sum()) == (17, 30)
+    assert TABLE["came"][batch].tolist() == [8] * 8
+    # Neither init needs twice the other's steps
+    norms = TABLE[TABLE.index.str.contains("Norm")]
+    assert 0.5 < norms["slow from"].min() < norms["slow to"].max() < 2
+
+
+def test_those_that_came_still_end_lower():
+    for name, lower in (("16 layers, Adam", 0.017), *zip(DIFFER[-2:], (0.016, 0.011), strict=True)):
+        default, other = both(name)
+        came = default[default["step_90"].notna()]["test_accuracy"]
+        assert other["test_accuracy"].mean() - came.mean() == pytest.approx(lower, abs=6e-4)
 
 
 def test_adam_and_shortcuts():

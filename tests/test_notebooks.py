@@ -28,10 +28,12 @@ each_page = pytest.mark.parametrize("path", sorted(NOTEBOOKS), ids=lambda path: 
 # and once larger than stored, in as few runs as that takes. Where two of them multiply the time,
 # one is small while the other is large. The longest runs come first.
 OTHER_VALUES = """
-08 seed=1; n_draws=4; factor=0.001; blocks=(5, 17); depth=31; width=64; start=0.1
-08 seed=77; n_draws=7; factor=100.0; blocks=(2, 3); depth=5; width=180; start=4.0
-07 margin=0.001; confidence=0.8; live_steps=4
-07 margin=0.05; confidence=0.99; live_steps=9
+11 seed=1; n_draws=4; factor=0.001; blocks=(5, 17); depth=31; width=64; start=0.1
+11 seed=77; n_draws=7; factor=100.0; blocks=(2, 3); depth=5; width=180; start=4.0
+10 margin=0.001; confidence=0.8; factor=0.1
+10 margin=0.05; confidence=0.99; factor=100.0
+09 margin=0.001; confidence=0.8; line=1e-5
+09 margin=0.05; confidence=0.99; line=0.1
 06 seed=1; slope=0.3; pairs=((0.7, 0.7),); depth=1; n_draws=3; n_nets=5
 06 seed=77; slope=1.5; depth=35; n_draws=210; n_nets=1; pairs=(
     (1.5, 0.3), (0.0, 0.0), (0.3, 0.0), (1.5, 0.0), (0.0, 0.3))
