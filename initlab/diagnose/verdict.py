@@ -15,7 +15,7 @@ from typing import Any
 
 from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, of_attribute
 
-# Where a number strays at random, 3 standard deviations are allowed, by a bound that is itself generous.
+# Where a number strays at random, 3 standard deviations are allowed, of a bound that is generous.
 SDS = 3
 # What a path may show beyond that: a factor of e^2.5 = 12, for pooling, zero padding and gains
 # that are a little low throughout.
@@ -97,12 +97,17 @@ class Graph:
             i for i in range(n) if not self.children[i]
         ]
 
-    def end(self, i: int) -> int:
-        """Return the last of the activations (or idle norms) that follow row i directly."""
+    def end(self, i: int, through: bool = False) -> int:
+        """Return the last of the activations (or idle norms) that follow row i directly.
+
+        Also past a factor that is small on purpose if `through`.
+        """
         while len(self.children[i]) == 1:
             (child,) = self.children[i]
             e = self.rows[child]
             if e.role not in ("activation", "affine") or len(e.parents) > 1:
+                break
+            if e.op == "mul" and not through:
                 break
             i = child
         return i
@@ -114,7 +119,7 @@ class Graph:
 
     def joined(self, i: int) -> bool:
         """Whether row i meets something larger wherever it goes, or nothing comes after it."""
-        end = self.end(i)
+        end = self.end(i, through=True)
         after = [(c, self.rows[c]) for c in self.children[end]]
         return all(
             (len(e.parents) > 1 and self.main[c] != end) or e.in_rms > STREAM * self.rows[end].rms
@@ -138,11 +143,11 @@ class Graph:
     def aside(self, i: int) -> bool:
         """Whether row i is on a branch, whose end meets something larger."""
         while not self.joined(i):
-            after = self.children[self.end(i)]
+            after = self.children[self.end(i, through=True)]
             if len(after) != 1 or self.rows[after[0]].role != "layer":
                 return False
             (i,) = after
-        return bool(self.children[self.end(i)])
+        return bool(self.children[self.end(i, through=True)])
 
     def factor(self, i: int) -> float:
         """Return the log of the factor of a layer, with the activations that follow it."""
