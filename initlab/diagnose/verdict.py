@@ -117,14 +117,27 @@ class Graph:
         after = [self.rows[c] for c in self.children[self.end(i)]]
         return bool(after) and all(e.role == "norm" and len(e.parents) == 1 for e in after)
 
+    def meets(self, c: int, end: int) -> bool:
+        """Whether row c is given something larger than what row `end` puts out."""
+        e = self.rows[c]
+        larger = len(e.parents) > 1 and self.main[c] != end
+        return larger or e.in_rms > STREAM * self.rows[end].rms
+
     def joined(self, i: int) -> bool:
         """Whether row i meets something larger wherever it goes, or nothing comes after it."""
         end = self.end(i, through=True)
-        after = [(c, self.rows[c]) for c in self.children[end]]
-        return all(
-            (len(e.parents) > 1 and self.main[c] != end) or e.in_rms > STREAM * self.rows[end].rms
-            for c, e in after
-        )
+        return all(self.meets(c, end) for c in self.children[end])
+
+    @cached_property
+    def aside(self) -> set[int]:
+        """The rows on branches: by way of layers, all of theirs meets something larger."""
+        found: set[int] = set()
+        for i in reversed(range(len(self.rows))):
+            end = self.end(i, through=True)
+            after = self.children[end]
+            if after and all(c in found or self.meets(c, end) for c in after):
+                found.add(i)
+        return found
 
     def path(self, i: int | None) -> list[int]:
         """Return the rows from the start of the data's path to row i."""
@@ -139,15 +152,6 @@ class Graph:
         path = self.path(i)
         begin = [k for k, j in enumerate(path) if self.rows[j].role in ("norm", "mixer")]
         return path[begin[-1] + 1 :] if begin else path
-
-    def aside(self, i: int) -> bool:
-        """Whether row i is on a branch, whose end meets something larger."""
-        while not self.joined(i):
-            after = self.children[self.end(i, through=True)]
-            if len(after) != 1 or self.rows[after[0]].role != "layer":
-                return False
-            (i,) = after
-        return bool(self.children[self.end(i, through=True)])
 
     def factor(self, i: int) -> float:
         """Return the log of the factor of a layer, with the activations that follow it."""
@@ -318,8 +322,10 @@ def _forward(g: Graph) -> Found:
         on = [j for j in segment if j in scaled]
         level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
         grown = log(g.rows[end].rms) - g.start[end]
-        level = grown if grown > limit else 0.0 if g.aside(i) else level
-        custom = LEAP + CUSTOM * (min(len(on), 3) - 1) if g.main[segment[0]] is not None else 0.0
+        normed = g.main[segment[0]] is not None  # at its start
+        branch = i in g.aside and normed and len(on) < 5
+        level = grown if grown > limit else 0.0 if branch else level
+        custom = LEAP + CUSTOM * (min(len(on), 3) - 1) if normed else 0.0
         low = -max(limit + LOW, custom) - relu_loss(g.active[end], 1.0)
         if low <= level <= limit or (level < 0 and g.joined(i)):
             continue
