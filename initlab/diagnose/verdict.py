@@ -9,16 +9,20 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, of_attribute
 
-# Where a number strays at random, 4 standard deviations are allowed (one in 16,000, if normal).
-SDS = 4
+# Where a number strays at random, 3 standard deviations are allowed, of a bound that is generous.
+SDS = 3
 # What a path may show beyond that: a factor of e^2.5 = 12, for pooling, zero padding and gains
 # that are a little low throughout.
 SLACK = 2.5
+# How much further it may fall, and, after a norm, each further layer: by custom, as with a std of
+# 0.02 at any width.
+LOW, CUSTOM = 0.5, math.log(6)
 # One layer's factor over the median layer's.
 LEAP = math.log(30)
 # The same for layers whose weights have one shape, before the spread that their width allows.
@@ -26,6 +30,7 @@ LIKE = math.log(4)
 # In a plain net of ReLU and BatchNorm in train mode the gradient's norm grows by 1.21 a layer on
 # its way back, sqrt(pi / (pi - 1)): Yang et al. 2019, A mean field theory of batch normalization.
 NORM_GROWTH = math.log(math.pi / (math.pi - 1)) / 2
+STREAM = 10  # how much larger a sum is than a summand that may be small on purpose
 INPUT = 30  # how far from 1 the rms of the input may be
 LOUD = 10  # the rms of the output: a softmax of such numbers is all but certain, of one class
 FORGOTTEN = 1e-12  # what is left, after all steps, of a gradient to the first one
@@ -72,7 +77,7 @@ class Graph:
             given = given_size(e)
             if main is None or anew:
                 begins = e.role in ("norm", "mixer") or not given > 0
-                start, level, walk, active = log(size(e) if begins else given), 0.0, 0.0, 0
+                start, level, walk, active = log(e.rms if begins else e.in_rms), 0.0, 0.0, 0
             else:
                 before = size(self.rows[main])
                 start, walk, active = self.start[main], self.walk[main], self.active[main]
@@ -92,12 +97,17 @@ class Graph:
             i for i in range(n) if not self.children[i]
         ]
 
-    def end(self, i: int) -> int:
-        """Return the last of the activations (or idle norms) that follow row i directly."""
+    def end(self, i: int, through: bool = False) -> int:
+        """Return the last of the activations (or idle norms) that follow row i directly.
+
+        Also past a factor that is small on purpose if `through`.
+        """
         while len(self.children[i]) == 1:
             (child,) = self.children[i]
             e = self.rows[child]
             if e.role not in ("activation", "affine") or len(e.parents) > 1:
+                break
+            if e.op == "mul" and not through:
                 break
             i = child
         return i
@@ -107,11 +117,27 @@ class Graph:
         after = [self.rows[c] for c in self.children[self.end(i)]]
         return bool(after) and all(e.role == "norm" and len(e.parents) == 1 for e in after)
 
+    def meets(self, c: int, end: int) -> bool:
+        """Whether row c is given something larger than what row `end` puts out."""
+        e = self.rows[c]
+        larger = len(e.parents) > 1 and self.main[c] != end
+        return larger or e.in_rms > STREAM * self.rows[end].rms
+
     def joined(self, i: int) -> bool:
         """Whether row i meets something larger wherever it goes, or nothing comes after it."""
-        end = self.end(i)
-        after = self.children[end]
-        return all(len(self.rows[c].parents) > 1 and self.main[c] != end for c in after)
+        end = self.end(i, through=True)
+        return all(self.meets(c, end) for c in self.children[end])
+
+    @cached_property
+    def aside(self) -> set[int]:
+        """The rows on branches: by way of layers, all of theirs meets something larger."""
+        found: set[int] = set()
+        for i in reversed(range(len(self.rows))):
+            end = self.end(i, through=True)
+            after = self.children[end]
+            if after and all(c in found or self.meets(c, end) for c in after):
+                found.add(i)
+        return found
 
     def path(self, i: int | None) -> list[int]:
         """Return the rows from the start of the data's path to row i."""
@@ -127,26 +153,19 @@ class Graph:
         begin = [k for k, j in enumerate(path) if self.rows[j].role in ("norm", "mixer")]
         return path[begin[-1] + 1 :] if begin else path
 
-    def aside(self, i: int) -> bool:
-        """Whether row i is on a branch, whose end meets something larger."""
-        while not self.joined(i):
-            after = self.children[self.end(i)]
-            if len(after) != 1 or self.rows[after[0]].role != "layer":
-                return False
-            (i,) = after
-        return bool(self.children[self.end(i)])
-
     def factor(self, i: int) -> float:
         """Return the log of the factor of a layer, with the activations that follow it."""
         e, end = self.rows[i], self.rows[self.end(i)]
         return log(size(end)) - log(given_size(e))
 
+    @cached_property
     def scaled(self) -> list[int]:
-        """Return the layers whose factor shows the scale of their weights."""
+        """The layers whose factor shows the scale of their weights."""
         return [
             i
             for i, e in enumerate(self.rows)
             if e.role == "layer"
+            and not e.learned
             and given_size(e) > 0
             and not _rounded(self.rows[self.end(i)])
             and not self.normed(i)
@@ -255,7 +274,7 @@ def _constant(g: Graph) -> Found:
         lives = [e for e in (g.rows[c] for c in after) if not size(e) > 0 or len(e.parents) == 1]
         if not after or len(lives) < len(after):
             return False
-        return any(g.rows[c].role in ("layer", "mixer", "activation") or alone(c) for c in after)
+        return any(g.rows[c].role in ("layer", "mixer") or alone(c) for c in after)
 
     for i, e in enumerate(g.rows):
         same = e.in_signal > 0 and e.signal == 0 if e.rms else e.in_rms != 0
@@ -297,23 +316,19 @@ def _forward(g: Graph) -> Found:
     """Find a signal that shrinks or grows, one layer out of scale, or outputs that are alike."""
     if not g.rows or all(e.in_signal == 0 for e in g.rows if not e.parents):
         return None
-    scaled = g.scaled()
+    scaled = g.scaled
     for i in scaled:
-        end = g.end(i)
-        segment = g.segment(i)
+        end, segment = g.end(i), g.segment(i)
+        on = [j for j in segment if j in scaled]
         level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
-        grown = log(size(g.rows[end])) - g.start[end]
-        level = max(level, 0.0) if g.aside(i) else level
-        level = min(level, grown) if level > 0 else level
-        # After a norm the next layer may be small by custom, as with a std of 0.02 at any width.
-        low = -max(
-            limit,
-            LEAP if g.rows[segment[0]].role != "layer" or g.main[segment[0]] is not None else 0.0,
-        )
-        low -= relu_loss(g.active[end], 1.0)
+        grown = log(g.rows[end].rms) - g.start[end]
+        normed = g.main[segment[0]] is not None  # at its start
+        branch = i in g.aside and normed and len(on) < 5
+        level = grown if grown > limit else 0.0 if branch else level
+        custom = LEAP + CUSTOM * (min(len(on), 3) - 1) if normed else 0.0
+        low = -max(limit + LOW, custom) - relu_loss(g.active[end], 1.0)
         if low <= level <= limit or (level < 0 and g.joined(i)):
             continue
-        on = [j for j in segment if j in scaled]
         by = [(g.factor(j), j) for j in on if level > 0 or not g.joined(j)]
         if culprits := _culprits(by, level):
             (factor, row), kind = culprits[0], "shrinks" if level < 0 else "grows"
@@ -368,13 +383,14 @@ def _output(g: Graph) -> Found:
     share = share_of(g)
     active = sum(g.rows[i].role == "activation" for i in path[:-1])
     floor = math.exp(log(share) - relu_loss(active, share) - pooled - SLACK)
-    if signal < floor * rms:
+    small = any(g.rows[p].op == "mul" for j in path for p in g.rows[j].parents)  # on purpose
+    if signal < floor * rms and not small:
         reason = (
             f"Of the rms of what {end.name} {'is given' if given else 'puts out'} only the share "
             f"{signal / rms:.2g} differs between inputs. As many ReLUs without biases, and the "
             f"pooling, leave {floor:.2g} or more."
         )
-        inner = [j for j in g.scaled() if j in path[:-1]]
+        inner = [j for j in g.scaled if j in path[:-1]]
         shares = [(_share_change(g, j), j) for j in inner]
         culprits = _culprits(shares, -1)
         layer = g.rows[culprits[0][1]] if culprits else end
@@ -398,13 +414,18 @@ def _reached(g: Graph) -> Problem | None:
             todo += g.rows[i].parents
     # A zero that gets a gradient wakes the zeros before it.
     wakes = any(w.grad_rms and w.mean == w.std == 0 for e in g.rows for w in e.weights)
+    cut = set()  # where no other path brings the gradient, as past a quantisation
+    for i in sorted(ancestors, reverse=True):
+        e = g.rows[i]
+        lost = bool(e.parents) and all(g.rows[p].grad_rms is None for p in e.parents)
+        if (lost and e.grad_rms is not None) or i in cut:
+            cut |= set(e.parents)
     for i in sorted(ancestors):
         e = g.rows[i]
         for w in e.weights:
-            cut = w.grad_rms is None
             stuck = not wakes and w.grad_rms == 0 and w.mean == w.std == 0
-            if w.trains and (cut or stuck):
-                what = "no gradient" if cut else "a gradient of 0, and is 0"
+            if w.trains and (stuck or (i in cut and w.grad_rms is None)):
+                what = "a gradient of 0, and is 0" if stuck else "no gradient"
                 reason = f"{w.names[0]} gets {what}, though the loss is computed from it."
                 return Problem(e.name, "no gradient", 0.0, reason)
     return None
@@ -431,7 +452,7 @@ def _backward(g: Graph) -> Problem | None:
     if not ends:
         return None
     path = g.path(max(ends, key=lambda i: norm(g.rows[i])))
-    shown = set(g.scaled())
+    shown = set(g.scaled)
     path = [
         i
         for i in path
@@ -440,20 +461,15 @@ def _backward(g: Graph) -> Problem | None:
     path = path[:-1] if len(path) > 1 and path[-1] in ends else path  # small on purpose, or not
     if len(path) < 2:
         return None
-    changes, total = [], 0.0
-    for i, j in pairwise(path):
-        if g.rows[j].op == "mul":  # small on purpose
-            continue
-        # An average over P positions divides the gradient's norm by sqrt(P), not what goes forward
-        pooled = log(_positions(g.rows[i]) / _positions(g.rows[j])) / 2
-        change = log(norm(g.rows[i])) - log(norm(g.rows[j]))
-        change += min(max(pooled, 0.0), max(-change, 0.0))
-        changes.append((change, j))
-        total += change
+    # Of both measures the one that has changed less: the gradient's norm, and that times the row's
+    # own, which is what the loss depends on the size of a row. Layers without biases keep it.
+    found = [_changes(g, path, times_size) for times_size in (False, True)]
+    totals = [sum(change for change, _ in changes) for changes in found]
+    total, changes = min(zip(totals, found, strict=True), key=lambda pair: abs(pair[0]))
     walk = sum(5 / (4 * g.rows[i].features) for i in path)
     limit = SLACK + SDS * math.sqrt(walk)
     growth = NORM_GROWTH * sum(g.rows[i].role == "norm" for i in path)
-    if -limit <= total <= limit + growth:
+    if -limit <= total <= limit + growth or totals[0] * totals[1] < 0:
         return None
     kind, limit = ("vanishes", -limit) if total < 0 else ("explodes", limit + growth)
     factor, row = _culprits(changes, total)[-1]
@@ -462,6 +478,26 @@ def _backward(g: Graph) -> Problem | None:
         f"{times(factor)}; {allowed(total, limit)}."
     )
     return Problem(g.rows[row].name, f"gradient {kind}", math.exp(total), reason, fix(g, row))
+
+
+def _changes(g: Graph, path: list[int], times_size: bool) -> list[tuple[float, int]]:
+    """Return the logarithms of the factors by which the gradient changes, row by row."""
+    changes = []
+    for i, j in pairwise(path):
+        before, after = g.rows[i], g.rows[j]
+        change = log(norm(before)) - log(norm(after))
+        pooled = log(_positions(before) / _positions(after)) / 2
+        if times_size:
+            change += log(before.rms * math.sqrt(math.prod(before.shape)))
+            change -= log(after.rms * math.sqrt(math.prod(after.shape)))
+            if pooled > 0 and after.in_rms > 0:  # what pooling averages out
+                change -= max(0.0, log(before.rms) - log(after.in_rms))
+        # An average over P positions divides the gradient's norm by sqrt(P), not what goes forward
+        change += min(max(pooled, 0.0), max(-change, 0.0))
+        if change < 0 and any(g.rows[p].op == "mul" for p in after.parents):
+            change = 0.0  # all but a skip comes through a factor that is small on purpose
+        changes.append((change, j))
+    return changes
 
 
 def fix(g: Graph, i: int) -> str:
