@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -23,7 +25,6 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ import initlab
 
 HERE = Path(__file__).parents[2] / "data" / "survey"
 SEEDS = 0, 1, 2
-FAULTY = 5  # networks that get a fault, and how many each, one at a time
+FAULTY = 60  # networks that get a fault, and how many each, one at a time
 DRAWS = 2
 TRIES = 6  # weights that are tried for a fault to count, before another fault is
 MOVES = 10  # the factor by which a fault that counts moves what the next weight is given
@@ -61,29 +62,16 @@ class Network(NamedTuple):
 
     def build(self, seed: int) -> tuple[nn.Module, Any]:
         """Return the network in train mode, and its inputs."""
-        module, _, name = self.factory.partition(":")
-        known = _Names(make=getattr(import_module(module), name))
-        torch.manual_seed(seed)
-        model = eval(f"make({self.arguments})", {}, known)
         g = torch.Generator().manual_seed(seed)
-        known |= {
+        module, _, name = self.factory.partition(":")
+        known = {library: import_module(library) for library in (self.library, "torch")} | {
+            "make": getattr(import_module(module), name),
             "noise": lambda *shape: torch.randn(shape, generator=g),
             "tokens": lambda vocabulary, *shape: torch.randint(vocabulary, shape, generator=g),
             "edges": lambda nodes, n: torch.randint(nodes, (2, n), generator=g),
         }
-        return model.train(), eval(self.inputs, {}, known)
-
-
-class _Names(dict):
-    def __missing__(self, name: str) -> Any:
-        if name in vars(__import__("builtins")):
-            raise KeyError(name)  # which eval then finds
-        return import_module(name)
-
-
-def networks() -> list[Network]:
-    with open(HERE / "networks.csv", newline="") as file:
-        return [Network(**row) for row in csv.DictReader(file)]
+        torch.manual_seed(seed)
+        return eval(f"make({self.arguments})", known).train(), eval(self.inputs, known)
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -125,12 +113,13 @@ def verdict(model: nn.Module, x: Any, seed: int) -> dict[str, Any]:
     try:
         rows = initlab.trace(model, x, loss=random_direction)
         problems = rows.problems()
+        print(*problems, sep="\n", flush=True)
     except Exception as error:  # whatever it is, it goes on record
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     return {
         "seconds": f"{time.process_time() - start:.2f}",
         "rows": len(rows),
-        "seen": getattr(rows, "seen", ""),
+        "seen": rows.seen().partition(" ")[0],
         "problems": "; ".join(f"{p.layer}: {p.kind}" for p in problems),
     }
 
@@ -153,6 +142,15 @@ class Use(NamedTuple):
     ancestors: int
 
 
+class Origin(NamedTuple):
+    """Where a tensor comes from: a weight has names, data what fed it."""
+
+    by: "Uses"
+    names: frozenset[str] = frozenset()
+    fed: int | None = None
+    direct: int = 0  # the use whose result it is, as it was put out
+
+
 class Uses(TorchDispatchMode):
     """Sees which weights multiply data, what rms they are given, and which feeds which.
 
@@ -160,58 +158,52 @@ class Uses(TorchDispatchMode):
     weight; from what the network is given, data. A tensor carries its origin as an attribute.
     """
 
-    MULTIPLY = re.compile(
-        r"(^|_)(add|badd|b|addb)?(mm|mv)$|linear|matmul|conv|embedding|rnn|lstm|gru"
-    )
+    MULTIPLY = re.compile(r"(^|_)(addb?|baddb?|b)?m[mv]$|linear|matmul|conv|embedding|rnn|lstm|gru")
     VIEWS = "view", "_unsafe_view", "reshape", "t", "transpose", "permute"
+    RELUS = "relu", "threshold", "clamp_min", "hardtanh"
 
     def __init__(self, model: nn.Module, x: Any) -> None:
         super().__init__()
-        self.parameters = {id(p): (n, p.dim()) for n, p in model.named_parameters()}
+        self.known = {id(p): Origin(self, frozenset({n})) for n, p in model.named_parameters()}
+        self.small = {id(p) for p in model.parameters() if p.dim() < 2}
         for tensor in tensors(x):
-            tensor.fed = 0
+            tensor.origin = Origin(self, fed=0)
         self.uses: list[Use] = []
         self.ends = 0  # uses whose result is added to a stream that they are not on
         self.rectified = 0  # uses whose result goes to a ReLU
 
+    def origin(self, tensor: Tensor) -> Origin | None:
+        known = self.known.get(id(tensor), getattr(tensor, "origin", None))
+        return known if known and known.by is self and id(tensor) not in self.small else None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Read before the call: it may overwrite what it is given.
         given = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, Tensor)]
-        data = [a for a in given if hasattr(a, "fed") and id(a) not in self.parameters]
-        names = frozenset().union(*(getattr(a, "names", ()) for a in given))
-        for a in given:
-            name, dims = self.parameters.get(id(a), ("", 0))
-            names |= {name} if dims > 1 else frozenset()
+        data = [(a, o) for a in given if (o := self.origin(a)) and o.fed is not None]
+        names = frozenset().union(*(o.names for a in given if (o := self.origin(a))))
         kind = func._schema.name.removeprefix("aten::").rstrip("_")
-        fed, direct = 0, data[0].__dict__.get("direct", 0) if data else 0
-        for a in data:
-            fed |= a.fed
         multiplies = bool(data and names and self.MULTIPLY.search(kind))
-        rms = _rms(data[0]) if multiplies else 0.0
+        rms = _rms(data[0][0]) if multiplies else 0.0
         out = func(*args, **kwargs or {})
+        fed = functools.reduce(operator.or_, (o.fed for _, o in data), 0)
+        direct = data[0][1].direct if data and kind in self.VIEWS else 0
         if multiplies:
-            ancestors = self.ancestors(fed) | fed
-            self.uses.append(Use(names, rms, fed, ancestors))
+            self.uses.append(Use(names, rms, fed, self.ancestors(fed) | fed))
             fed = direct = 1 << (len(self.uses) - 1)
         elif len(data) == 2 and kind in ("add", "sub"):
-            one, other = data[0].fed, data[1].fed
+            one, other = (o.fed for _, o in data)
             self.ends |= one & ~other & ~self.ancestors(other)
             self.ends |= other & ~one & ~self.ancestors(one)
-        if kind in ("relu", "threshold", "clamp_min", "hardtanh"):
-            self.rectified |= direct
-        for o in tree_leaves(out):
-            if isinstance(o, Tensor) and id(o) not in self.parameters:
-                if data:
-                    o.fed, o.direct = fed, direct if multiplies or kind in self.VIEWS else 0
-                elif names:
-                    o.names = names
+        elif data and kind in self.RELUS:
+            self.rectified |= data[0][1].direct
+        new = Origin(self, fed=fed, direct=direct) if data else Origin(self, names)
+        for made in tree_leaves(out) if data or names else ():
+            if isinstance(made, Tensor) and id(made) not in self.known:
+                made.origin = new
         return out
 
     def ancestors(self, uses: int) -> int:
-        found = 0
-        for i in _bits(uses):
-            found |= self.uses[i].ancestors
-        return found
+        return functools.reduce(operator.or_, (self.uses[i].ancestors for i in _bits(uses)), 0)
 
     def of(self, weight: str) -> int:
         return sum(1 << i for i, use in enumerate(self.uses) if weight in use.names)
@@ -272,10 +264,9 @@ def kind(model: nn.Module, name: str, head: bool) -> str:
         return "depthwise"
     if model.get_parameter(name).dim() == 3 and "xpert" in type(owner).__name__:
         return "expert"
-    if re.search(r"(^|[._])(q|k|v|o|qkv|query|key|value|attn|attention|self|to_)[._\w]*$", name):
+    if re.search(r"att|qkv|\b(q|k|v|o|query|key|value)(_proj|_lin)?\b|\bto_(q|k|v|out)\b", name):
         return "attention"
-    known = {"weight": type(owner).__name__, "in_proj_weight": "attention"}
-    return known.get(last, "bare parameter")
+    return type(owner).__name__ if last == "weight" else "bare parameter"
 
 
 def planted(net: Network, draw: int) -> dict[str, Any]:
@@ -442,37 +433,36 @@ COLUMNS = {
 
 def plan(part: str) -> Iterator[tuple[Network, dict[str, Any]]]:
     """Yield what is to be run, and how, that which says most first."""
-    nets = networks()
+    nets = [Network(**row) for row in read("networks")]
     if part == "sound":
         for mode, seed in (("train", 0), ("eval", 0), *(("train", s) for s in SEEDS[1:])):
             yield from ((net, {"mode": mode, "seed": seed}) for net in nets)
     else:
-        some = random.Random(0).sample(nets, FAULTY)
+        some = random.Random(0).sample(nets, FAULTY)[: PEERS if part == "peers" else None]
         for draw in range(DRAWS if part == "faults" else 1):
-            yield from (
-                (net, {"seed": draw}) for net in some[: None if part == "faults" else PEERS]
-            )
+            yield from ((net, {"seed": draw}) for net in some)
 
 
 def survey(part: str, only: list[str], anew: bool) -> None:
-    path, columns = HERE / f"{part}.csv", COLUMNS[part].split()
-    rows = read(part)
-    chosen = partial(_chosen, only=only)
-    if anew:
-        rows = [row for row in rows if not chosen(row["network"])]
-    with open(path, "w", newline="") as file:
+    def chosen(network: str) -> bool:
+        return not only or any(name in network for name in only)
+
+    columns = COLUMNS[part].split()
+    rows = [row for row in read(part) if not (anew and chosen(row["network"]))]
+    done = {(row["network"], row.get("mode"), row["seed"]) for row in rows}
+    command = ["git", "-C", str(Path(initlab.__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    with open(HERE / f"{part}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        done = {(row["network"], row.get("mode"), row["seed"]) for row in rows}
-        where = Path(initlab.__file__).parent
-        command = ["git", "-C", str(where), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        file.flush()
         for net, how in plan(part):
             key = (net.network, how.get("mode"), str(how["seed"]))
             if key in done or not chosen(net.network):
                 continue
             same = {"network": net.network, "library": net.library, **how, "commit": commit}
+            print("#", *key)
             try:
                 for row in RUNS[part](net, **how):
                     writer.writerow(same | row)
@@ -481,61 +471,62 @@ def survey(part: str, only: list[str], anew: bool) -> None:
             file.flush()
 
 
-def _chosen(network: str, only: list[str]) -> bool:
-    return not only or any(name in network for name in only)
-
-
 def read(part: str) -> list[dict[str, str]]:
     path = HERE / f"{part}.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
-def judged() -> dict[tuple[str, str, str], str]:
-    """Return what was found by hand: "true", "false" or "remark", of (network, mode, kind)."""
-    with open(HERE / "judged.csv", newline="") as file:
-        return {(r["network"], r["mode"], r["kind"]): r["verdict"] for r in csv.DictReader(file)}
+def table(head: str, rows: Iterator[list[Any]]) -> None:
+    columns = head.split(", ")
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(map(str, cells))} |")
+    print()
+
+
+def yes(rows: list[dict[str, str]], *columns: str) -> list[int]:
+    return [len(rows), *(sum(row[column] == "True" for row in rows) for column in columns)]
 
 
 def summary() -> None:
-    by_hand = judged()
-    print("| mode | runs | networks | crashes | with a verdict | false (or not judged) |")
-    print("|---|---|---|---|---|---|")
-    for mode in ("train", "eval"):
-        rows = [r for r in read("sound") if r["mode"] == mode]
+    by_hand = {(r["network"], r["mode"], r["kind"]): r["verdict"] for r in read("judged")}
+    records = {part: read(part) for part in RUNS}
+
+    def of_mode(mode: str) -> list[Any]:
+        rows = [r for r in records["sound"] if r["mode"] == mode]
         said = [r for r in rows if r["problems"]]
-        false = 0
-        for r in said:
-            kinds = {p.rpartition(": ")[2] for p in r["problems"].split("; ")}
-            false += any(by_hand.get((r["network"], mode, k), "false") == "false" for k in kinds)
+        false = sum(
+            any(
+                by_hand.get((r["network"], mode, p.rpartition(": ")[2])) != "true" for p in problems
+            )
+            for r in said
+            if (problems := r["problems"].split("; "))
+        )
         crashes, nets = sum(bool(r["error"]) for r in rows), len({r["network"] for r in rows})
         share = f"{false} ({false / max(len(rows), 1):.1%})"
-        print(f"| {mode} | {len(rows)} | {nets} | {crashes} | {len(said)} | {share} |")
-    planted = [r for r in read("faults") if r["fault"]]
-    for column in ("fault", "weight"):
-        print(f"\n| {column} | counts | found | named | does not count | found | named |")
-        print("|---|---|---|---|---|---|---|")
-        for value in [*sorted({r[column] for r in planted}), ""]:
-            some = [r for r in planted if not value or r[column] == value]
-            cells = []
-            for counts in ("True", "False"):
-                these = [r for r in some if r["counts"] == counts]
-                yes = [sum(r[c] == "True" for r in these) for c in ("found", "named")]
-                cells += [len(these), *yes]
-            print(f"| {value or 'all'} | " + " | ".join(map(str, cells)) + " |")
-    print("\n| tool | sound | false alarms | faults | found | named | crashes | seconds a run |")
-    print("|---|---|---|---|---|---|---|---|")
-    for tool in ("initlab", "torchdiag", "torchmortem"):
-        rows = [r for r in read("peers") if r["tool"] == tool]
+        return [mode, nets, len(rows), crashes, len(said), share]
+
+    def of_fault(column: str, value: str) -> list[Any]:
+        some = [r for r in records["faults"] if r["fault"] and value in ("all", r[column])]
+        counts = [r for r in some if r["counts"] == "True"]
+        rest = [r for r in some if r["counts"] == "False"]
+        return [value, *yes(counts, "found", "named"), *yes(rest, "found", "named")]
+
+    def of_tool(tool: str) -> list[Any]:
+        rows = [r for r in records["peers"] if r["tool"] == tool]
         whole, faulty = ([r for r in rows if bool(r["fault"]) == f] for f in (False, True))
-        false = sum(bool(r["found"] == "True") for r in whole)
-        yes = [sum(r[c] == "True" for r in faulty) for c in ("found", "named")]
+        seconds = sum(float(r["seconds"]) for r in rows) / max(len(rows), 1)
         crashes = sum(bool(r["error"]) for r in rows)
-        mean = sum(float(r["seconds"]) for r in rows) / max(len(rows), 1)
-        cells = [len(whole), false, len(faulty), *yes, crashes, f"{mean:.1f}"]
-        print(f"| {tool} | " + " | ".join(map(str, cells)) + " |")
+        found = [*yes(whole, "found"), *yes(faulty, "found", "named")]
+        return [tool, *found, crashes, f"{seconds:.1f}"]
+
+    head = "mode, networks, runs, crashes, with a verdict, false or not judged"
+    table(head, map(of_mode, ("train", "eval")))
+    for column in ("fault", "weight"):
+        values = sorted({r[column] for r in records["faults"] if r["fault"]})
+        head = f"{column}, counts, found, named, does not count, found, named"
+        table(head, (of_fault(column, value) for value in (*values, "all")))
+    head = "tool, sound, false alarms, faults, found, named, crashes, seconds a run"
+    table(head, map(of_tool, ("initlab", "torchdiag", "torchmortem")))
 
 
 RUNS: dict[str, Callable[..., Iterator[dict[str, Any]]]]
