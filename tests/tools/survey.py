@@ -242,9 +242,11 @@ def plant(model: nn.Module, name: str, fault: str, rng: random.Random) -> bool:
                 return False
             bias.fill_(-10)
         elif fault == "equal rows":
-            # Units lie along the first dimension, but in what is stored as (inputs, units).
-            rows = 0 if hasattr(owner, "out_features") or hasattr(owner, "out_channels") else -1
-            rows = 1 if getattr(owner, "transposed", False) else rows
+            rows = 1 if getattr(owner, "transposed", False) else 0
+            if hasattr(owner, "nf"):  # transformers' Conv1D holds (inputs, units)
+                rows = 1
+            elif name.rpartition(".")[2] not in ("weight", "in_proj_weight", "weight_ih_l0"):
+                return False  # which of its dimensions are units is not known
             weight.copy_(weight.narrow(rows, 0, 1).clone().expand_as(weight))
         elif fault == "nan":
             weight.view(-1)[rng.randrange(weight.numel())] = math.nan
@@ -313,6 +315,7 @@ def blamed(model: nn.Module, name: str, layers: list[str]) -> bool:
     """Return whether the first or second of these layers is the one with this parameter."""
     weight = model.get_parameter(name)
     same = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    same = [re.sub(r"parametrizations\.(\w+)\.original\d*", r"\1", n) for n in same]
     names = {n for s in same for n in (s, s.rpartition(".")[0] or type(model).__name__)}
     return any(re.sub(r"#\d+$", "", layer) in names for layer in layers[:2])
 
