@@ -24,6 +24,7 @@ import re
 import subprocess
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -279,14 +280,22 @@ def planted(net: Network, draw: int) -> dict[str, Any]:
     before, out_before = observe(model, x, draw)
     single = [u.names for u in before.uses if len(u.names) == 1]
     names = sorted({n for s in single for n in s if not re.search(r"pos|relative|token", n)})
+
+    def can_have(name: str, fault: str) -> bool:
+        own, after = before.of(name), before.next(name)
+        if fault in ("zero", "times 0.01"):
+            return after is not None and not own & before.ends
+        return fault != "bias -10" or bool(own & before.rectified)
+
     tried = 0
     for fault in rng.sample(FAULTS, len(FAULTS)):
-        for name in rng.sample(names, len(names))[:TRIES]:
-            own, after = before.of(name), before.next(name)
-            if fault in ("zero", "times 0.01") and (after is None or own & before.ends):
-                continue
-            if fault == "bias -10" and not own & before.rectified:
-                continue
+        kinds = defaultdict(list)  # each is as likely, however many weights are of it
+        for name in names:
+            if can_have(name, fault):
+                kinds[kind(model, name, before.next(name) is None)].append(name)
+        for _ in range(TRIES if kinds else 0):
+            name = rng.choice(kinds[rng.choice(sorted(kinds))])
+            after = before.next(name)
             model.load_state_dict(sound_state)
             if not plant(model, name, fault, rng):
                 continue
