@@ -34,9 +34,10 @@ OTHER_VALUES = """
 10 margin=0.05; confidence=0.99; factor=100.0
 09 margin=0.001; confidence=0.8; line=1e-5
 09 margin=0.05; confidence=0.99; line=0.1
-06 seed=1; slope=0.3; pairs=((0.7, 0.7),); depth=1; n_draws=3; n_nets=5
-06 seed=77; slope=1.5; depth=35; n_draws=210; n_nets=1; pairs=(
-    (1.5, 0.3), (0.0, 0.0), (0.3, 0.0), (1.5, 0.0), (0.0, 0.3))
+07 seed=1; side=64; n_nets=11; n_draws=3
+07 seed=77; side=256; n_nets=2; n_draws=50
+06 seed=1; slope=0.3; depth=1; n_nets=11; n_draws=3
+06 seed=77; slope=1.5; depth=35; n_nets=1; n_draws=110
 05 seed=1; n_draws=3
 05 seed=77; n_draws=1010
 04 seed=1; slope=0.3; n_draws=3
