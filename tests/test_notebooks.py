@@ -26,10 +26,10 @@ each_page = pytest.mark.parametrize("path", sorted(NOTEBOOKS), ids=lambda path: 
 # and once larger than stored, in as few runs as that takes. Where two of them multiply the time,
 # one is small while the other is large. The longest runs come first.
 OTHER_VALUES = """
+11 seed=1; n_draws=4; factor=0.001; blocks=(5, 17)
+11 seed=77; n_draws=7; factor=100.0; blocks=(2, 3)
 08 seed=1; start=0.1; depth=5; width=300; n_nets=3
 08 seed=77; start=4.0; depth=33; width=100; n_nets=24
-08 seed=1; n_draws=4; factor=0.001; blocks=(5, 17); depth=31; width=64; start=0.1
-08 seed=77; n_draws=7; factor=100.0; blocks=(2, 3); depth=5; width=180; start=4.0
 07 margin=0.001; confidence=0.8; live_steps=4
 07 margin=0.05; confidence=0.99; live_steps=9
 06 seed=1; slope=0.3; pairs=((0.7, 0.7),); depth=1; n_draws=3; n_nets=5
