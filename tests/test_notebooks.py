@@ -34,6 +34,8 @@ OTHER_VALUES = """
 10 margin=0.05; confidence=0.99; factor=100.0
 09 margin=0.001; confidence=0.8; line=1e-5
 09 margin=0.05; confidence=0.99; line=0.1
+08 seed=1; start=0.1; depth=5; width=300; n_nets=3
+08 seed=77; start=4.0; depth=33; width=100; n_nets=24
 07 seed=1; side=64; n_nets=11; n_draws=3
 07 seed=77; side=256; n_nets=2; n_draws=50
 06 seed=1; slope=0.3; depth=1; n_nets=11; n_draws=3
