@@ -4,10 +4,12 @@ import argparse
 import sys
 
 from initlab import sweep
+from initlab.diagnose import cli
 
 parser = argparse.ArgumentParser(prog="python -m initlab")
 commands = parser.add_subparsers(required=True)
 sweep.add_command(commands)
+cli.add_command(commands)
 
 if __name__ == "__main__":
     args = parser.parse_args()

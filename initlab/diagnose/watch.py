@@ -242,12 +242,13 @@ class Flow(TorchDispatchMode):
         if row["role"] == "activation" and row["op"] in DYING and not row["clipped"]:
             others = [0] if axis == 0 else [d for d in range(y.dim()) if d != axis % y.dim()]
             v = y.detach()
-            dead = (v.amax(others) == 0 if others else v == 0).logical_and(
-                v.amin(others) == 0 if others else v == 0
-            )
-            row["dead"] = dead.double().mean().item()
-            if row["dead"]:
-                row["above"] = int((v.amin(others) > 0).sum()) if others else int((v > 0).sum())
+            high = v.amax(others) if others else v
+            if bool((high == 0).any()):
+                low = v.amin(others) if others else v
+                row["above"] = int((low > 0).sum())
+                row["dead"] = ((high == 0) & (low == 0)).double().mean().item()
+            else:
+                row["dead"] = 0.0
 
     def settle(self, start: int, call: str, out: Any) -> None:
         """Hook the gradients of rows whose function has returned, with the shape it returned."""
@@ -534,13 +535,14 @@ def measured(y: Tensor, n: int) -> dict[str, float]:
     v = _by_input(y.detach(), n)
     n, size = v.shape
     means, squares = _passes(v, None)
-    shared = n * means.square().sum()
+    shared = n * torch.dot(means, means)
     within = squares - shared
     if n > 1 and not within > 1e-6 * squares:  # else rounding counts: again, from the first input
         shifts, apart = _passes(v, v[0])
-        within = apart - n * shifts.square().sum()
+        within = apart - n * torch.dot(shifts, shifts)
     mean = means.mean()
-    between = n * (means - mean).square().sum()
+    means -= mean
+    between = n * torch.dot(means, means)
     count = v.numel()
     squares = squares / count
     variances = [(within + between) / (count - 1 or math.nan)]
