@@ -1,4 +1,4 @@
-"""`initlab trace` from a shell: what it prints, what it returns, what it says when it cannot run."""
+"""`initlab trace` from a shell: what it prints and returns, and says when it cannot run."""
 
 import argparse
 import json
