@@ -578,7 +578,15 @@ def rms(g: Tensor) -> float:
     """Return the root mean square of a tensor, dense or sparse."""
     count = g.numel()
     g = g.coalesce().values() if g.is_sparse else g
-    return math.sqrt(_passes(_by_input(g.detach(), 1), None)[1].item() / max(count, 1))
+    v = _by_input(g.detach(), 1)[0]
+    on = torch.device("cpu") if v.device.type == "mps" else v.device
+    size = BLOCK * (64 if on.type != "cpu" else 1)
+    space = torch.empty(min(size, len(v)), dtype=torch.float64, device=on)
+    total = torch.zeros((), dtype=torch.float64, device=on)
+    for part in v.split(size):
+        block = space[: len(part)].copy_(part)
+        total += torch.dot(block, block)
+    return math.sqrt(total.item() / max(count, 1))
 
 
 def _by_input(y: Tensor, n: int) -> Tensor:
