@@ -192,7 +192,10 @@ def diagnose(rows: Rows, info: dict[str, Any] | None = None) -> list[Problem]:
         for find_one in (_reached, _memory, _backward):
             if rows and not problems and (problem := find_one(Graph(rows, info))):
                 problems.append(problem)
-    return sorted(problems, key=lambda p: order[p.layer])
+    problems.sort(key=lambda p: order[p.layer])
+    scales = [i for i, p in enumerate(problems) if p.kind in ("scale", "shrinks", "grows")]
+    after = problems[scales[0] + 1 :] if scales else []  # units die of it, too
+    return [p for p in problems if p not in after or p.kind not in ("dead", "constant")]
 
 
 def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
