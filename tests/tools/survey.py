@@ -235,8 +235,9 @@ def observe(model: nn.Module, x: Any, seed: int) -> tuple[Uses, float]:
 
 
 def plant(model: nn.Module, name: str, fault: str, rng: random.Random) -> bool:
-    """Put a fault into a parameter; return whether it can have this one."""
+    """Put a fault into a parameter; return whether that changed it."""
     weight, owner = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
+    was = weight.detach().clone()
     with torch.no_grad():
         if fault == "bias -10":
             if not isinstance(bias := getattr(owner, "bias", None), Tensor):
@@ -253,7 +254,8 @@ def plant(model: nn.Module, name: str, fault: str, rng: random.Random) -> bool:
             weight.view(-1)[rng.randrange(weight.numel())] = math.nan
         else:
             weight.mul_({"times 100": 100, "times 0.01": 0.01, "zero": 0}[fault])
-    return True
+    # A head that is 0 stays what it is, and so do the equal rows of a single unit.
+    return fault == "bias -10" or not torch.equal(weight, was)
 
 
 def kind(model: nn.Module, name: str, head: bool) -> str:
