@@ -2,14 +2,9 @@
 
 import hashlib
 import os
-import warnings
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from http.client import HTTPException
-from math import sqrt
 from operator import index
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +13,8 @@ from urllib.request import urlopen
 import torch
 from torch import Tensor
 
-CHUNK = 2500  # pictures normalised at a time: 8 MB, so that the second step finds them in cache
-KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
-NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS]
+PARTS = ("train", "t10k")
+NAMES = [f"{part}-{of}-ubyte.gz" for part in PARTS for of in ("images-idx3", "labels-idx1")]
 SHA256 = {  # of the four files, unpacked: they have been packed in more than one way
     "MNIST": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -35,7 +29,7 @@ SHA256 = {  # of the four files, unpacked: they have been packed in more than on
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 }
-MIRRORS = {"MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/"}  # torchvision's first
+MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # of MNIST; torchvision's first
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fashion-mnist
 
@@ -43,9 +37,9 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fas
 class Splits(NamedTuple):
     """The pictures of a data set, the training file's split in file order, all on one scale.
 
-    Pictures are float32 (n, 1, 28, 28), in N, C, H, W: pixels on the scale 0..1, less `mean`, over
-    `std`, which are those of `x_train` before (unbiased, as `torch.std`). Classes are int64 (n,),
-    0 to 9. The validation part has the other 60,000 - n_train pictures, the test part 10,000.
+    Pictures are float32 (n, 1, 28, 28): pixels on the scale 0..1, less `mean`, over `std`, which
+    are those of `x_train` before (unbiased, as `torch.std`). Classes are int64 (n,), 0 to 9. The
+    validation part has the other 60,000 - n_train pictures, the test part 10,000.
     """
 
     x_train: Tensor
@@ -69,18 +63,15 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
         n_train: How many pictures go to the training part, 1 to 59,999.
 
     Raises:
-        TypeError: `n_train` is not a whole number.
-        ValueError: `n_train` is not within 1..59,999.
+        TypeError, ValueError: `n_train` is not a whole number, or not within 1..59,999.
         FileNotFoundError: A file is missing or damaged and cannot be downloaded.
 
     Example:
         >>> mnist = load_mnist()
-        >>> tuple(mnist.x_train.shape), tuple(mnist.x_valid.shape), tuple(mnist.x_test.shape)
-        ((50000, 1, 28, 28), (10000, 1, 28, 28), (10000, 1, 28, 28))
-        >>> print(f"{mnist.mean:.4f} {mnist.std:.4f}")
-        0.1310 0.3085
+        >>> tuple(mnist.x_train.shape), f"{mnist.mean:.4f} {mnist.std:.4f}"
+        ((50000, 1, 28, 28), '0.1310 0.3085')
     """
-    return _load("MNIST", root, n_train, "A clone of this project has them in its folder data")
+    return _load("MNIST", root, n_train)
 
 
 def load_fashion(root: str | os.PathLike[str] | None = None, n_train: int = 50_000) -> Splits:
@@ -89,85 +80,65 @@ def load_fashion(root: str | os.PathLike[str] | None = None, n_train: int = 50_0
     The files are looked for in `FashionMNIST/raw/` of `root`, and where Debian's package
     dataset-fashion-mnist puts them. They are not downloaded.
     """
-    debian = "Debian's package dataset-fashion-mnist has them"
-    return _load("FashionMNIST", root, n_train, debian, DEBIAN)
+    return _load("FashionMNIST", root, n_train)
 
 
-def _load(
-    name: str, root: str | os.PathLike[str] | None, n_train: int, source: str, *more: Path
-) -> Splits:
-    if isinstance(n_train, bool):
-        raise TypeError("n_train must be a whole number, not a bool")
+def _load(name: str, root: str | os.PathLike[str] | None, n_train: int) -> Splits:
     n_train = index(n_train)
     if not 1 <= n_train < 60_000:
         raise ValueError(f"n_train must be within 1..59,999, got {n_train:,}")
     root = Path(root or os.environ.get("INITLAB_DATA") or REPOSITORY / "data").expanduser()
-    folders = [root / name / "raw", *more]
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        # That the bytes must not be written to: they are only read
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        contents = list(pool.map(partial(_read, folders, MIRRORS.get(name)), NAMES, SHA256[name]))
+    folders = [root / name / "raw", *([DEBIAN] if name == "FashionMNIST" else [])]
+    mirror = MIRROR if name == "MNIST" and root.is_dir() else None
+    pairs = zip(NAMES, SHA256[name], strict=True)
+    contents = [_read(folders, mirror, file, sha256) for file, sha256 in pairs]
     if bad := [file for file, content in zip(NAMES, contents, strict=True) if content is None]:
         raise FileNotFoundError(
-            f"{', '.join(bad)}: missing or damaged in {' and '.join(map(str, folders))}. {source}; "
-            f"torchvision.datasets.{name}(root, download=True) fetches the files. Give that folder "
-            "as root, or as the environment variable INITLAB_DATA."
+            f"{', '.join(bad)}: missing or damaged in {' and '.join(map(str, folders))}. A clone "
+            "of this project has MNIST in its folder data, Debian's package dataset-fashion-mnist "
+            f"has Fashion-MNIST; torchvision.datasets.{name}(root, download=True) fetches the "
+            "files. Give that folder as root, or as the environment variable INITLAB_DATA."
         )
     # The first 16 bytes of pictures, 8 of labels, say what the sums have vouched for
-    pixels, test_pixels = (content[16:].view(-1, 28, 28) for content in contents[::2])
-    labels, test_labels = (content[8:] for content in contents[1::2])
-    mean, std = _mean_std(pixels[:n_train])
-    x_train, x_valid = (_normalise(p, mean, std) for p in (pixels[:n_train], pixels[n_train:]))
-    y_train, y_valid = labels[:n_train].long(), labels[n_train:].long()
+    pixels, test_pixels = (content[16:].view(-1, 1, 28, 28) for content in contents[::2])
+    labels, test_labels = (content[8:].long() for content in contents[1::2])
+    # Mean and std from how often each value occurs: in whole numbers, so without roundings
+    often = pixels[:n_train].flatten().bincount(minlength=256).double()
+    values, n = torch.arange(256, device="cpu").double(), often.sum()
+    mean = (often @ values / n).item()
+    std = (often @ (values - mean).square() / (n - 1)).sqrt().item()
+
+    def normalised(pixels: Tensor) -> Tensor:
+        return pixels.float().sub_(mean).div_(std)
+
+    x_train, x_valid = normalised(pixels[:n_train]), normalised(pixels[n_train:])
+    y_train, y_valid = labels[:n_train].clone(), labels[n_train:].clone()
     del contents, pixels  # or their memory would add to that of the test pictures
-    x_test, y_test = _normalise(test_pixels, mean, std), test_labels.long()
-    return Splits(x_train, y_train, x_valid, y_valid, mean / 255, std / 255, x_test, y_test)
+    x_test = normalised(test_pixels)
+    return Splits(x_train, y_train, x_valid, y_valid, mean / 255, std / 255, x_test, test_labels)
 
 
-def _read(folders: Sequence[Path], mirror: str | None, file: str, sha256: str) -> Tensor | None:
+def _read(folders: list[Path], mirror: str | None, file: str, sha256: str) -> Tensor | None:
     """Return the bytes of a file, uint8, from the first folder where it is as it should be.
 
     If it is so in none, it comes from the mirror, and is kept in the first folder if it can be.
     """
 
     def unpack(packed: bytes) -> Tensor | None:
-        size = int.from_bytes(packed[-4:], "little")  # gzip ends with it: no growing and copying
-        try:
-            content = zlib.decompress(packed, 31, size + 1)
-        except zlib.error:
-            return None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            return None
-        return torch.frombuffer(content, dtype=torch.uint8)
+        with suppress(zlib.error):
+            content = bytearray(zlib.decompress(packed, wbits=31))
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return torch.frombuffer(content, dtype=torch.uint8)
+        return None
 
     for path in (folder / file for folder in folders):
         if path.is_file() and (content := unpack(path.read_bytes())) is not None:
             return content
-    if mirror is None or not folders[0].parents[1].is_dir():
-        return None
     content = None
-    with suppress(OSError, HTTPException), urlopen(mirror + file, timeout=30) as answer:
-        packed = answer.read()
-        if (content := unpack(packed)) is not None:
-            folders[0].mkdir(parents=True, exist_ok=True)
-            (folders[0] / file).write_bytes(packed)
+    if mirror:
+        with suppress(OSError, HTTPException), urlopen(mirror + file, timeout=30) as answer:
+            packed = answer.read()
+            if (content := unpack(packed)) is not None:
+                folders[0].mkdir(parents=True, exist_ok=True)
+                (folders[0] / file).write_bytes(packed)
     return content
-
-
-def _mean_std(pixels: Tensor) -> tuple[float, float]:
-    """Return the mean and unbiased standard deviation of uint8 `pixels`, on the scale 0..255.
-
-    From how often each value occurs: in whole numbers, so exact.
-    """
-    counts = list(enumerate(pixels.flatten().bincount().tolist()))
-    n, total = pixels.numel(), sum(value * often for value, often in counts)
-    squares = sum(value**2 * often for value, often in counts)
-    return total / n, sqrt((n * squares - total**2) / (n * (n - 1)))
-
-
-def _normalise(pixels: Tensor, mean: float, std: float) -> Tensor:
-    """Return uint8 `pixels` (N, H, W) as float32 (N, 1, H, W), less `mean` and over `std`."""
-    out = pixels.new_empty(pixels.shape, dtype=torch.float32)
-    for target, chunk in zip(out.split(CHUNK), pixels.split(CHUNK), strict=True):
-        target.copy_(chunk).sub_(mean).div_(std)
-    return out.unsqueeze(1)
