@@ -58,9 +58,8 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
     else the `data/` folder of the clone that initlab is imported from. Their content is checked;
     one that is missing or damaged is downloaded. The first `n_train` pictures are for training.
 
-    Raises:
-        TypeError, ValueError: `n_train` is not a whole number, or not within 1..59,999.
-        FileNotFoundError: A file is missing or damaged and cannot be downloaded.
+    Raises a ValueError if `n_train` is not within 1..59,999, a TypeError if it is no whole number,
+    a FileNotFoundError if a file is missing or damaged and cannot be downloaded.
 
     >>> tuple(load_mnist().x_train.shape)
     (50000, 1, 28, 28)
@@ -123,8 +122,7 @@ def _read(folders: list[Path], mirror: str | None, file: str, sha256: str) -> Te
     content = None
     if mirror:
         with suppress(OSError, HTTPException), urlopen(mirror + file, timeout=30) as answer:
-            packed = answer.read()
-            if (content := unpack(packed)) is not None:
+            if (content := unpack(packed := answer.read())) is not None:
                 folders[0].mkdir(parents=True, exist_ok=True)
                 (folders[0] / file).write_bytes(packed)
     return content

@@ -44,10 +44,9 @@ def predict(
     do not matter. `scheme`, but for "orthogonal", `a` and `gain` are as in `initialize_`; a `bias`
     is U(±1/sqrt(fan_in)), or none. Memory grows with fan_in squared.
 
-    Raises:
-        ValueError: Arguments as in `initialize_`; `x` empty, not finite or not as the layer takes
-            it; a layer that is lazy, pads otherwise or computes in a way of its own.
-        TypeError: `layer` is neither Conv2d nor Linear; `x` is no floating-point tensor.
+    Raises a TypeError if `layer` is neither Conv2d nor Linear or `x` no floating-point tensor; a
+    ValueError as `initialize_`, if `x` is empty, not finite or not as the layer takes it, or if the
+    layer is lazy, pads by anything but zeros or computes in a way of its own.
 
     >>> x = torch.randn(100, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     >>> round(predict(x, nn.Conv2d(1, 32, 5), "kaiming_normal", a=1.0).at().rms, 2)
