@@ -5,8 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# The public names by module. A module is imported when one of its names is first asked for, so
-# that nobody waits for what is not used; none has the name of one of them
+# By module, which is imported when one of its names is first asked for, and is called by none
 _MODULES = {
     "initlab.diagnose.report": ["Trace", "trace"],
     "initlab.diagnose.rows": ["LayerTrace", "Problem"],

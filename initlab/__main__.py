@@ -14,17 +14,13 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name, those of the shell by default.
-
-    The module of that command alone is imported: its `add_command` tells the arguments it takes,
-    and sets `func`, which is called with them and returns the exit code.
-    """
+    """Run the command that the arguments name, by default the shell's; return the exit code."""
     given = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="initlab", description=f"initlab {__version__}")
     parser.add_argument("--version", action="version", version=f"initlab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, (module, about) in COMMANDS.items():
-        if name in given[:1]:
+        if name in given[:1]:  # its module alone is imported, adds its arguments and sets `func`
             import_module(module).add_command(commands)
         else:
             commands.add_parser(name, help=about)

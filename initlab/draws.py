@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from initlab.init import Activation, Scheme, as_generator, layers_to_draw, redraw_, weight_rule
+from initlab.init import Activation, Scheme, as_generator, layers_to_draw, redraw_, scale_rule
 from initlab.moments import Drawn
 from initlab.patches import count_positions, patches_of, windows_of
 
@@ -27,30 +27,20 @@ def draw(
 ) -> Drawn:
     """Initialise `layer` anew `n` times and measure `layer(x)` each time, for every slope at once.
 
-    A draw is what `initialize_` with these arguments makes of a layer like this. Memory does not
-    grow with `n`, but for the result. The work is done on the CPU.
+    A draw is what `initialize_` with these arguments makes of a layer like this; `layer` is left as
+    it is. The arguments are those of `predict`, whose errors are raised, with "orthogonal" as well;
+    a `generator` as in `initialize_`. Memory does not grow with `n`, but for the result. Raises a
+    ValueError too if `n` is below 1.
 
-    The arguments are those of `predict`, whose errors are raised, with "orthogonal" for `scheme` as
-    well; a `generator` is the source of the random numbers, or the seed of a new one, by default
-    torch's global one. `layer` is left as it is.
-
-    Raises:
-        ValueError: The number of draws `n` is below 1.
-
-    Example:
-        >>> x = torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-        >>> conv = nn.Conv2d(1, 4, 3)
-        >>> from initlab import predict
-        >>> drawn = draw(x, conv, "default", n=500, generator=0)
-        >>> predict(x, conv, "default").at(0.0).covers(drawn.at(0.0)), drawn.each().rms.shape
-        (True, torch.Size([500]))
+    >>> draw(torch.ones(8, 1, 12, 12), nn.Conv2d(1, 4, 3), "default", n=500).each(0.0).rms.shape
+    torch.Size([500])
     """
     if n < 1:
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
     windows, conv = windows_of(x, layer, bias)
-    draw_ = weight_rule(scheme, a, "fan_in", gain)
-    layers_to_draw(conv, scheme)  # raises, where torch would in the middle
-    generator = as_generator(generator)
+    scale = scale_rule(scheme, a, "fan_in", gain)(conv.weight)
+    layers_to_draw(conv, scheme)  # raises
+    generator = as_generator(generator, conv.weight.device)
     filters, groups = conv.out_channels, conv.groups
     count = count_positions(windows) * filters
     at_once = max(1, min(n, 128, BLOCK // max(filters, conv.weight.numel())))
@@ -63,7 +53,7 @@ def draw(
         for rows in halves.split(at_once):
             k, weights = len(rows), []
             for _ in range(k):
-                redraw_(conv, draw_, bias, generator)
+                redraw_(conv, scheme, scale, bias, generator)
                 shift = conv.weight.new_zeros(filters) if conv.bias is None else conv.bias
                 weights.append(torch.cat([conv.weight.flatten(1), shift[:, None]], 1))
             # All draws side by side: (groups, k * filters / groups, fan_in + 1)
@@ -74,8 +64,8 @@ def draw(
                 # Nearly half of MNIST's 5x5 patches are one, black only: it is computed once
                 repeated = (block == block[:, :1]).all(0)
                 repeated[0] = False
-                repeats = repeated.sum()
-                block = block[:, ~repeated] if repeats else block
+                if repeats := repeated.sum():
+                    block = block[:, ~repeated]
                 # A row of ones takes the bias: adding it by itself costs a pass over the outputs
                 block = F.pad(block.unflatten(0, (groups, -1)), (0, 0, 0, 1), value=1.0)
                 if repeats:
@@ -90,12 +80,10 @@ def draw(
 
 
 def _half_sums(y: Tensor) -> Tensor:
-    """Return the sums (4, k) of y+, y-, y+^2, y-^2 of outputs y (groups, k, filters, positions).
-
-    Overwrites y. Each filter's positions are summed in the data's type, and those in float64.
-    """
+    """Return sums (4, k) of y+, y-, y+^2, y-^2 of y (groups, k, filters, positions); clamps y."""
 
     def sums(v: Tensor) -> tuple[Tensor, Tensor]:
+        # Each filter's positions are summed in the data's type, and those in float64
         norm = torch.linalg.vector_norm(v, dim=3).double()
         return v.sum(3).double().sum((0, 2)), norm.square().sum((0, 2))
 

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -26,20 +25,12 @@ Module = TypeVar("Module", bound=nn.Module)
 def gain(a: float | Activation) -> float:
     """Return the gain that keeps the mean square: sqrt(2 / (1 + a^2)) for a leaky ReLU of slope a.
 
-    The standard deviation 1/sqrt(fan_in) is multiplied by it: by sqrt(2) for a ReLU (a = 0), by 1
-    for no activation (a = 1), by 1/sqrt(3) for a = sqrt(5). For any other activation f, given as a
-    function or module, it is 1 / sqrt(E f(z)^2) with z ~ N(0, 1), by quadrature to 1e-8.
+    It multiplies the sd 1/sqrt(fan_in). Of any other activation f, a function or module, it is
+    1 / sqrt(E f(z)^2) with z ~ N(0, 1), to 1e-8. Raises a ValueError if `a` or E f(z)^2 is not
+    finite, or 0, or f not elementwise. Source: He et al. 2015, arXiv 1502.01852, eq. 15.
 
-    Source: He et al. 2015, arXiv 1502.01852, eq. 15 (there as a condition on the variance).
-
-    Raises:
-        ValueError: `a` is nan or infinite; E f(z)^2 is 0 or not finite; f is not elementwise.
-
-    Example:
-        >>> gain(1.0), round(gain(0.0) ** 2, 6), round(gain(5**0.5) ** 2, 6)
-        (1.0, 2.0, 0.333333)
-        >>> print(f"{gain(torch.relu):.4f} {gain(nn.GELU()):.4f}")
-        1.4142 1.5335
+    >>> round(gain(0.0) ** 2, 6), round(gain(5**0.5) ** 2, 6), round(gain(nn.GELU()), 4)
+    (2.0, 0.333333, 1.5335)
     """
     if callable(a):
         return 1 / math.sqrt(_mean_square(a))
@@ -53,9 +44,8 @@ def _mean_square(activation: Activation) -> float:
 
     The halving finds kinks and jumps: the error of an interval that holds one shrinks with it.
     """
-    f = activation
-    if isinstance(f, nn.Module):
-        f = copy.deepcopy(f).cpu().double()
+    is_module = isinstance(activation, nn.Module)
+    f = copy.deepcopy(activation).cpu().double() if is_module else activation
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
 
     def integrals(left: Tensor, width: float) -> Tensor:
@@ -78,23 +68,18 @@ def _mean_square(activation: Activation) -> float:
             total += halves[~off].sum().item()
             left, whole = left.view(-1, 2)[off].flatten(), halves[off].flatten()
     if not 0 < total < math.inf or max(tails, whole.sum()) > 1e-10 * total:
-        what = "0" if total == 0 else "not finite"
-        raise ValueError(f"E f(z)^2 of {activation} is {what}: it has no gain")
+        raise ValueError(f"E f(z)^2 of {activation} is 0 or not finite: it has no gain")
     return total
 
 
 def fans(weight: Tensor) -> tuple[int, int]:
     """Return (fan_in, fan_out) of a weight of shape (out_channels, in_channels / groups, *kernel).
 
-    fan_in counts the products that are summed into one output, fan_out the outputs that one input
-    goes into, both as torch counts them: stride, padding and the number of groups are left out.
+    Both as torch counts them: stride, padding and the number of groups are left out. Raises a
+    ValueError if `weight` has fewer than 2 dimensions.
 
-    Raises:
-        ValueError: `weight` has fewer than 2 dimensions.
-
-    Example:
-        >>> fans(nn.Conv2d(1, 32, 5).weight)
-        (25, 800)
+    >>> fans(nn.Conv2d(1, 32, 5).weight)
+    (25, 800)
     """
     if weight.dim() < 2:
         raise ValueError(f"fans need a weight of 2 or more dimensions, got {tuple(weight.shape)}")
@@ -114,46 +99,32 @@ def initialize_(
 ) -> Module:
     """Draw the weight of every Linear and (transposed) convolution anew, in place; return `module`.
 
-    Layers are visited in the order of `module.modules()`, the weight before the bias. The drawing
-    is done by `torch.nn.init`: the same generator state gives the same bits.
+    In the order of `module.modules()`, the weight before the bias, to the bit as `torch.nn.init`
+    draws them. Source: He et al. 2015; Glorot & Bengio 2010; Saxe et al. 2013, arXiv 1312.6120.
 
     Args:
-        module: A layer or a network. What belongs to layers of other kinds is kept (normalisation,
-            embedding, recurrent; of an attention the `in_proj_weight`, its output is a Linear),
-            unless it is shared with one of these.
-        scheme: "default" is what `reset_parameters` does to a weight, U(-1/sqrt(fan_in),
-            1/sqrt(fan_in)); the others are the initialisers of torch of that name.
-        a: Slope that the two Kaiming schemes assume, or the activation itself, such as `F.gelu`;
-            by default a ReLU.
-        mode: "fan_in" or "fan_out", for the two Kaiming schemes.
-        bias: "keep" leaves biases alone, as every `torch.nn.init.kaiming_*_` does, "zeros" clears
-            them, "default" draws them as `reset_parameters` does.
-        generator: Source of the random numbers, or the seed of a new one; by default torch's
-            global one.
-        gain: Factor of the weights of "xavier" and "orthogonal", by default 1; the activation's is
-            `gain(f)`.
+        module: A layer or a network; layers of other kinds, and an `in_proj_weight`, are kept.
+        scheme: "default", U(±1/sqrt(fan_in)), or the initialiser of torch of that name.
+        a: Slope that the Kaiming schemes assume, or the activation itself; by default a ReLU.
+        mode: "fan_in" or "fan_out", for the Kaiming schemes.
+        bias: "keep" leaves biases alone, "zeros" clears them, "default" draws U(±1/sqrt(fan_in)).
+        generator: Source of the random numbers, or the seed of a new one; by default torch's own.
+        gain: Factor of the weights of "xavier" and "orthogonal", by default 1.
 
     Raises:
-        ValueError: Unknown `scheme`, `mode` or `bias`; an `a` or `gain` that the scheme does not
-            take, or that is not finite; nothing to initialise; a weight that has no shape yet
-            (lazy), no memory (meta) or is computed from others (weight norm); "orthogonal" in half
-            precision, which torch cannot factorise. Nothing is changed then.
+        ValueError: An argument is unknown, not finite or not taken by the scheme; a weight cannot
+            be drawn (lazy, meta, computed from others), or there is none. Nothing is changed then.
 
-    Source: He et al. 2015, arXiv 1502.01852; Glorot & Bengio 2010; Saxe et al. 2013, arXiv
-    1312.6120.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5))
-        >>> net = initialize_(net, "kaiming_normal", a=0.0, bias="zeros", generator=0)
-        >>> print(f"{net[2].weight.std() * fans(net[2].weight)[0] ** 0.5:.1f}, {gain(0.0):.1f}")
-        1.4, 1.4
+    >>> layer = initialize_(nn.Linear(800, 64), "kaiming_normal", bias="zeros", generator=0)
+    >>> f"{layer.weight.std() * 800**0.5:.2f}, {gain(0.0):.2f}"
+    '1.41, 1.41'
     """
     check_known("bias", bias, get_args(Bias))
-    draw_ = weight_rule(scheme, a, mode, gain)
+    scale_of = scale_rule(scheme, a, mode, gain)
     layers = layers_to_draw(module, scheme)
     generator = as_generator(generator, layers[0].weight.device)
     for layer in layers:
-        redraw_(layer, draw_, bias, generator)
+        redraw_(layer, scheme, scale_of(layer.weight), bias, generator)
     return module
 
 
@@ -163,47 +134,32 @@ def check_known(name: str, value: str, values: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known are {', '.join(values)}")
 
 
-def as_generator(
-    generator: Generator | int | None, device: torch.device | str = "cpu"
-) -> Generator | None:
+def as_generator(given: Generator | int | None, device: torch.device) -> Generator | None:
     """Return a new generator seeded with an int; anything else as it is."""
-    if isinstance(generator, int):
-        return Generator(device).manual_seed(generator)
-    return generator
+    return Generator(device).manual_seed(given) if isinstance(given, int) else given
 
 
-def weight_rule(
+def scale_rule(
     scheme: Scheme, a: float | Activation | None, mode: Mode, factor: float | None
-) -> Callable[..., Tensor]:
-    """Return the initialiser of torch, to be called with a weight and `generator=`."""
+) -> Callable[[Tensor], float]:
+    """Check the arguments; return what tells a weight's sd, or its gain if it is orthogonal."""
     check_known("scheme", scheme, get_args(Scheme))
     check_known("mode", mode, get_args(Mode))
-    takes = scheme.partition("_")[0]
-    if a is not None and takes != "kaiming":
+    kind = scheme.partition("_")[0]
+    if a is not None and kind != "kaiming":
         raise ValueError(f"the scheme {scheme!r} assumes no slope: leave out a = {a}")
-    if factor is not None and takes not in ("xavier", "orthogonal"):
+    if factor is not None and kind not in ("xavier", "orthogonal"):
         raise ValueError(f"the scheme {scheme!r} has its own gain: leave out gain = {factor}")
-    if factor is not None and not 0 < factor < math.inf:
+    factor = 1.0 if factor is None else factor
+    if not 0 < factor < math.inf:
         raise ValueError(f"the gain must be positive and finite, got {factor}")
-    if takes == "default":
-        return partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
-    draw_ = getattr(nn.init, scheme + "_")
-    if takes != "kaiming":
-        return partial(draw_, gain=1.0 if factor is None else factor)
-    a = 0.0 if a is None else a
-    size = gain(a)
-    if not callable(a):
-        return partial(draw_, a=a, mode=mode, nonlinearity="leaky_relu")
-
-    # No slope has a gain above sqrt(2), so torch's rule is written out
-    def draw_by_gain_(weight: Tensor, generator: Generator | None = None) -> Tensor:
-        std = size / math.sqrt(fans(weight)[mode == "fan_out"])
-        if scheme == "kaiming_normal":
-            return nn.init.normal_(weight, 0, std, generator=generator)
-        bound = math.sqrt(3) * std
-        return nn.init.uniform_(weight, -bound, bound, generator=generator)
-
-    return draw_by_gain_
+    if kind == "orthogonal":
+        return lambda weight: factor
+    if kind == "xavier":
+        return lambda weight: factor * math.sqrt(2.0 / sum(fans(weight)))
+    size = gain(math.sqrt(5) if kind == "default" else 0.0 if a is None else a)
+    by_fan_out = kind == "kaiming" and mode == "fan_out"
+    return lambda weight: size / math.sqrt(max(fans(weight)[by_fan_out], 1))
 
 
 def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
@@ -215,27 +171,29 @@ def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
         # In this order: to read a parametrised weight computes it, which may change the layer
         if is_parametrized(layer, "weight") or not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"the weight of {layer} is computed (parametrised): nothing to draw")
-        if is_lazy(layer.weight):
-            raise ValueError(f"{layer} has no shape before its first input; run the network once")
-        if layer.weight.is_meta:
-            raise ValueError(f"{layer} is on the meta device: it has no memory to draw into")
+        if is_lazy(layer.weight) or layer.weight.is_meta:
+            raise ValueError(f"{layer}: on the meta device, or no shape before its first input")
         if scheme == "orthogonal" and layer.weight.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f'"orthogonal" needs float32 or float64, got {layer.weight.dtype}')
     return layers
 
 
 def redraw_(
-    layer: nn.Module, draw_: Callable[..., Tensor], bias: Bias, generator: Generator | None
+    layer: nn.Module, scheme: Scheme, scale: float, bias: Bias, generator: Generator | None
 ) -> None:
-    """Draw one layer, its weight through a contiguous buffer, as reset_parameters: any layout."""
+    """Draw one layer as torch does, to the bit, its weight through a contiguous buffer."""
     weight = layer.weight
     buffer = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
-    draw_(buffer, generator=generator)
+    if scheme == "orthogonal":
+        nn.init.orthogonal_(buffer, scale, generator)
+    elif scheme.endswith("normal"):
+        buffer.normal_(0, scale, generator=generator)
+    else:
+        buffer.uniform_(-math.sqrt(3) * scale, math.sqrt(3) * scale, generator=generator)
     with torch.no_grad():
         weight.copy_(buffer)
     if layer.bias is not None and bias == "zeros":
         nn.init.zeros_(layer.bias)
     elif layer.bias is not None and bias == "default":
-        fan_in, _ = fans(weight)
-        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+        bound = 1 / math.sqrt(max(fans(weight)[0], 1))
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

@@ -37,9 +37,8 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fas
 class Splits(NamedTuple):
     """The pictures of a data set, the training file's split in file order, all on one scale.
 
-    Pictures are float32 (n, 1, 28, 28): pixels on the scale 0..1, less `mean`, over `std`, which
-    are those of `x_train` before (unbiased, as `torch.std`). Classes are int64 (n,), 0 to 9. The
-    validation part has the other 60,000 - n_train pictures, the test part 10,000.
+    Pictures are float32 (n, 1, 28, 28): pixels, 0..1, less `mean`, over `std` (unbiased), which are
+    those of `x_train` before. Classes are int64 (n,).
     """
 
     x_train: Tensor
@@ -55,31 +54,21 @@ class Splits(NamedTuple):
 def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000) -> Splits:
     """Load MNIST (http://yann.lecun.com/exdb/mnist/) as normalised tensors, on the CPU.
 
-    The content of the files is checked. One that is missing or damaged is downloaded.
+    The files are in `MNIST/raw/` of `root`, by default the environment variable `INITLAB_DATA`, or
+    else the `data/` folder of the clone that initlab is imported from. Their content is checked;
+    one that is missing or damaged is downloaded. The first `n_train` pictures are for training.
 
-    Args:
-        root: Folder that holds `MNIST/raw/`. By default the environment variable `INITLAB_DATA`,
-            or else the `data/` folder of the clone that initlab is imported from.
-        n_train: How many pictures go to the training part, 1 to 59,999.
+    Raises a ValueError if `n_train` is not within 1..59,999, a TypeError if it is no whole number,
+    a FileNotFoundError if a file is missing or damaged and cannot be downloaded.
 
-    Raises:
-        TypeError, ValueError: `n_train` is not a whole number, or not within 1..59,999.
-        FileNotFoundError: A file is missing or damaged and cannot be downloaded.
-
-    Example:
-        >>> mnist = load_mnist()
-        >>> tuple(mnist.x_train.shape), f"{mnist.mean:.4f} {mnist.std:.4f}"
-        ((50000, 1, 28, 28), '0.1310 0.3085')
+    >>> tuple(load_mnist().x_train.shape)
+    (50000, 1, 28, 28)
     """
     return _load("MNIST", root, n_train)
 
 
 def load_fashion(root: str | os.PathLike[str] | None = None, n_train: int = 50_000) -> Splits:
-    """Load Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) as `load_mnist` loads MNIST.
-
-    The files are looked for in `FashionMNIST/raw/` of `root`, and where Debian's package
-    dataset-fashion-mnist puts them. They are not downloaded.
-    """
+    """Load Fashion-MNIST (arXiv 1708.07747) as `load_mnist`, or from Debian; download nothing."""
     return _load("FashionMNIST", root, n_train)
 
 
@@ -90,8 +79,7 @@ def _load(name: str, root: str | os.PathLike[str] | None, n_train: int) -> Split
     root = Path(root or os.environ.get("INITLAB_DATA") or REPOSITORY / "data").expanduser()
     folders = [root / name / "raw", *([DEBIAN] if name == "FashionMNIST" else [])]
     mirror = MIRROR if name == "MNIST" and root.is_dir() else None
-    pairs = zip(NAMES, SHA256[name], strict=True)
-    contents = [_read(folders, mirror, file, sha256) for file, sha256 in pairs]
+    contents = [_read(folders, mirror, *pair) for pair in zip(NAMES, SHA256[name], strict=True)]
     if bad := [file for file, content in zip(NAMES, contents, strict=True) if content is None]:
         raise FileNotFoundError(
             f"{', '.join(bad)}: missing or damaged in {' and '.join(map(str, folders))}. A clone "
@@ -119,10 +107,7 @@ def _load(name: str, root: str | os.PathLike[str] | None, n_train: int) -> Split
 
 
 def _read(folders: list[Path], mirror: str | None, file: str, sha256: str) -> Tensor | None:
-    """Return the bytes of a file, uint8, from the first folder where it is as it should be.
-
-    If it is so in none, it comes from the mirror, and is kept in the first folder if it can be.
-    """
+    """Return the bytes of a file, uint8, from the first folder that has it sound, or the mirror."""
 
     def unpack(packed: bytes) -> Tensor | None:
         with suppress(zlib.error):
@@ -137,8 +122,7 @@ def _read(folders: list[Path], mirror: str | None, file: str, sha256: str) -> Te
     content = None
     if mirror:
         with suppress(OSError, HTTPException), urlopen(mirror + file, timeout=30) as answer:
-            packed = answer.read()
-            if (content := unpack(packed)) is not None:
+            if (content := unpack(packed := answer.read())) is not None:
                 folders[0].mkdir(parents=True, exist_ok=True)
                 (folders[0] / file).write_bytes(packed)
     return content

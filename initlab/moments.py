@@ -1,8 +1,7 @@
 """Mean, std and rms: of a tensor, and of a layer's output over many draws of its weights.
 
-A leaky ReLU is linear on either side of 0. With y+ = max(y, 0) and y- = min(y, 0), the mean of
-leaky_relu(y, slope) is E[y+] + slope E[y-], its mean square E[y+^2] + slope^2 E[y-^2]. So four
-numbers a draw, the half-moments, serve every slope.
+With y+ = max(y, 0) and y- = min(y, 0), the mean of leaky_relu(y, slope) is E[y+] + slope E[y-], its
+mean square E[y+^2] + slope^2 E[y-^2]: four numbers a draw, the half-moments, serve every slope.
 """
 
 import math
@@ -22,24 +21,17 @@ class Stats(NamedTuple):
     rms: float
 
     def __repr__(self) -> str:
-        # "z" prints a rounded -0.00004 as 0.0000: the sign of a rounded zero is noise.
-        return f"mean {self.mean:z.4f}, std {self.std:.4f}, rms {self.rms:.4f}"
+        return f"mean {self.mean:z.4f}, std {self.std:.4f}, rms {self.rms:.4f}"  # z: no -0.0000
 
 
 def stats(x: Tensor) -> Stats:
     """Return the mean, std and rms over all elements of `x`, summed in float64 without a graph.
 
-    The float64 sums make the four printed decimals independent of the number of threads. The std is
-    the unbiased one of `torch.std`, so that `rms**2 = mean**2 + std**2 * (n - 1) / n` for n
-    elements; of one element it is nan.
+    The std is the unbiased one of `torch.std`; of one element it is nan. Raises a TypeError if `x`
+    is no tensor of real floats, a ValueError if it is empty or not finite.
 
-    Raises:
-        TypeError: `x` is not a tensor, or not of a real floating-point type.
-        ValueError: `x` is empty, or has an element that is nan or infinite.
-
-    Example:
-        >>> stats(torch.tensor([3.0, 4.0, 5.0]))
-        mean 4.0000, std 1.0000, rms 4.0825
+    >>> stats(torch.tensor([3.0, 4.0, 5.0]))
+    mean 4.0000, std 1.0000, rms 4.0825
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"stats needs a tensor, got {type(x).__name__}")
@@ -60,11 +52,7 @@ def _with_sds(moments: "PredictedMoments | DrawnMoments") -> str:
 
 
 class DrawnMoments(NamedTuple):
-    """Mean, std and rms of a layer's output in `n` draws, and how much they differ.
-
-    The mean is the mean of theirs, std and rms are the roots of the mean variance (unbiased) and
-    the mean mean square. The sd's are those between single draws, nan if there is only one.
-    """
+    """Mean, root of the mean variance, and rms of `n` draws; their sd's between single draws."""
 
     mean: float
     std: float
@@ -93,20 +81,13 @@ class PredictedMoments(NamedTuple):
     def covers(self, measured: Stats | DrawnMoments) -> bool:
         """Say whether this prediction allows what was measured, on one draw or over several.
 
-        Mean, std and rms must each lie within 5 sd / sqrt(n) of the predicted, n the number of
-        draws (1 for `Stats`). A Gaussian number leaves 5 sd once in 1.7 million times: often enough
-        to notice a wrong formula, too seldom to blame luck for any of this series' comparisons.
+        Mean, std and rms must lie within 5 sd / sqrt(n) of the predicted, n the number of draws: a
+        Gaussian number is farther off once in 1.7 million times. Raises a TypeError for what was
+        not measured, a ValueError if the sd's are in doubt.
 
-        Raises:
-            TypeError: `measured` is neither `Stats` nor `DrawnMoments`.
-            ValueError: The sd's are in doubt.
-
-        Example:
-            >>> predicted = PredictedMoments(0.0, 1.0, 1.0, 0.02, 0.05, 0.05)
-            >>> predicted.covers(Stats(0.0, 1.2, 1.2))
-            True
-            >>> predicted.covers(DrawnMoments(0.0, 1.2, 1.2, 0.02, 0.05, 0.05, n=100))
-            False
+        >>> predicted = PredictedMoments(0.0, 1.0, 1.0, 0.02, 0.05, 0.05)
+        >>> predicted.covers(Stats(0.0, 1.2, 1.2)), predicted.covers(Stats(0.0, 1.3, 1.3))
+        (True, False)
         """
         if not isinstance(measured, Stats | DrawnMoments):
             raise TypeError(f"only what was measured can be covered, got {measured!r}")
@@ -129,12 +110,9 @@ class Each(NamedTuple):
 class Predicted:
     """What `predict` returns: `at` gives the moments after any leaky ReLU.
 
-    Methods raise a ValueError for a slope that is not finite.
-
     Attributes:
         halves: float64 tensor (4,): E[y+], E[y-], E[y+^2], E[y-^2], over outputs and draws.
-        covariance: float64 tensor (4, 4), between draws.
-        count: Number of outputs that one draw averages over.
+        covariance: float64 tensor (4, 4), between draws, of which each averages `count` outputs.
         skew: How many times as skewed the mean square of y is as a gamma number of its mean and sd.
         parts: How many uniform weights of one size would make y as little Gaussian as it is.
     """
@@ -146,18 +124,14 @@ class Predicted:
     parts: float = math.inf
 
     def at(self, slope: float | None = None) -> PredictedMoments:
-        """Return the moments before an activation, or after a leaky ReLU of that slope.
+        """Return the moments before an activation, or after a leaky ReLU of that (finite) slope.
 
-        Warns where the sd's may be off by more than 5 %: where one or two uniform weights make up
-        an output, and where a draw depends on few numbers, as with one or two filters.
+        Warns where the sd's may be off by more than 5 %: with one or two weights, or filters.
         """
         to_mean, to_square = _slope_vectors(slope)
         mean, square = (to_mean @ self.halves).item(), (to_square @ self.halves).item()
-        m_var, both, q_var = (
-            (v @ self.covariance @ u).item()
-            for v, u in ((to_mean, to_mean), (to_mean, to_square), (to_square, to_square))
-        )
-        m_var, q_var = max(m_var, 0.0), max(q_var, 0.0)
+        both = (to_mean @ self.covariance @ to_square).item()
+        m_var, q_var = (max((v @ self.covariance @ v).item(), 0.0) for v in (to_mean, to_square))
         unbiased = self.count / max(self.count - 1, 1)
         variance = max(unbiased * (square - mean**2 - m_var), 0.0)
         root, rms_sd = _root(square, q_var, self.skew)
@@ -167,31 +141,24 @@ class Predicted:
         s_var = (1 - b * b) ** 2 * q_var + 4 * (b * c * rms_sd) ** 2 - 4 * (1 - b * b) * c * both
         s_var += 4 * (mean**2 + (b * rms_sd) ** 2) * alone - 2 * alone**2
         _, std_sd = _root(variance, s_var, self.skew)
-
-        doubt = ""
         # As many equal squares vary as much. With a slope below 0, where |y| counts most, it is the
         # skewed ones that are far off; the limits are from the cases of data/predict
-        numbers = 2 * square**2 / q_var if q_var else math.inf
+        numbers, doubt = 2 * square**2 / q_var if q_var else math.inf, ""
         if self.parts < 1.6:
             doubt = f"{self.parts:.1f} uniform weights make up an output"
-        elif numbers < max(8, 110 * (self.skew - 1) * (slope is not None and slope < 0)):
+        elif numbers < max(8, 110 * (self.skew - 1) * ((slope or 0.0) < 0)):
             doubt = f"the mean square of a draw varies as that of {numbers:.1f} numbers"
         if doubt:
             warnings.warn(f"{doubt}: its sd's are rough", stacklevel=2)
-        sds = math.sqrt(m_var), std_sd, rms_sd
-        return PredictedMoments(mean, math.sqrt(variance), math.sqrt(square), *sds, doubt)
+        std, rms, mean_sd = map(math.sqrt, (variance, square, m_var))
+        return PredictedMoments(mean, std, rms, mean_sd, std_sd, rms_sd, doubt)
 
 
 @dataclass(frozen=True)
 class Drawn:
     """What `draw` returns: `at` gives the moments after any leaky ReLU, `each` those of each draw.
 
-    Methods raise as those of `Predicted`.
-
-    Attributes:
-        halves: float64 tensor (n, 4), one row a draw: the means of y+, y-, y+^2 and y-^2 over all
-            outputs.
-        count: Number of outputs that one draw averages over.
+    `halves`, float64 (n, 4), holds the means of y+, y-, y+^2, y-^2 over `count` outputs, by draw.
     """
 
     halves: Tensor
@@ -233,6 +200,5 @@ def _slope_vectors(slope: float | None) -> tuple[Tensor, Tensor]:
     slope = 1.0 if slope is None else slope
     if not math.isfinite(slope):
         raise ValueError(f"the slope of the activation must be finite, got {slope}")
-    return torch.tensor(
-        [[1, slope, 0, 0], [0, 0, 1, slope**2]], dtype=torch.float64, device="cpu"
-    ).unbind()
+    vectors = [[1.0, slope, 0.0, 0.0], [0.0, 0.0, 1.0, slope**2]]
+    return torch.tensor(vectors, dtype=torch.float64, device="cpu").unbind()

@@ -11,10 +11,10 @@ from initlab.init import check_known
 
 
 def windows_of(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tensor, nn.Conv2d]:
-    """Check the arguments; return the patches of x as a view, and the layer without its values.
+    """Check the arguments; return the patches (N, channels, rows, columns, *kernel) and the layer.
 
-    The patches are (N, channels, rows, columns, *kernel), on the CPU. A Linear becomes a Conv2d of
-    1x1 pictures. The layer returned has no bias if `bias` is "zeros".
+    The patches are a view on the CPU, the layer is a Conv2d without values (of 1x1 pictures for a
+    Linear), and without a bias if `bias` is "zeros".
     """
     check_known("bias", bias, ("default", "zeros"))
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
@@ -38,12 +38,9 @@ def windows_of(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tens
         dims, expected = 4, f"(N, {layer.in_channels}, H, W)"
     if x.dim() != dims or x.shape[1] != sizes[0] or x.numel() == 0:
         raise ValueError(f"x must have shape {expected} and not be empty, got {tuple(x.shape)}")
-    if x.is_meta:
-        raise ValueError("x is on the meta device: it has no values")
-    if not x.isfinite().all():
-        raise ValueError("x has values that are nan or infinite")
-    settings["dtype"] = layer.weight.dtype
-    settings["bias"] = layer.bias is not None and bias == "default"
+    if x.is_meta or not x.isfinite().all():
+        raise ValueError("x has values that are nan or infinite, or none (on the meta device)")
+    settings |= {"dtype": layer.weight.dtype, "bias": layer.bias is not None and bias == "default"}
     conv = nn.utils.skip_init(nn.Conv2d, *sizes, **settings)
 
     # Half precision cannot hold the sums

@@ -1,18 +1,17 @@
 """What a layer puts out at init: predicted in closed form.
 
 The weights w have mean 0 and variance V, the bias b mean 0 and variance U. The data enter through
-their patches p, the n = fan_in numbers that one output is computed from, y = w . p + b: by the
-mean patch mu, the second moments M = mean of p p^T, and the sizes |p|.
+their patches p, the fan_in numbers that one output y = w . p + b is computed from.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from initlab.init import Activation, Scheme, fans, gain, weight_rule
+from initlab.init import Activation, Scheme, fans, scale_rule
 from initlab.moments import Predicted
 from initlab.patches import count_positions, patches_of, windows_of
 
@@ -36,36 +35,27 @@ def predict(
 
     Exact for any data: E[y], E[y^2] and E[leaky(y)^2]; the sd of the mean and of the mean square
     of y; E[leaky(y)] of normal weights. That of uniform ones holds the leading term of what makes
-    them other than normal; so do the sd's after an activation, to which pairs of 768 patches, the
-    larger the rather, add what sums over all do not tell exactly. Those of std and rms take the
-    mean square of a draw for a gamma number, shifted. All this against 20,000 draws of each case:
-    data/predict. The work is done on the CPU; memory grows with fan_in squared.
+    them other than normal; so do the sd's after an activation, for which some sums over pairs are
+    estimated from 768 patches. Those of std and rms take the mean square of a draw for a shifted
+    gamma number (data/predict has all this against draws). Source: He et al. 2015, sec. 2.2,
+    without its assumptions on the data; for pairs the arc-cosine kernels of Cho & Saul 2009.
 
-    `x` is a batch (N, C, H, W) for a Conv2d, (N, in_features) for a Linear. Of `layer` all but its
-    values is used. `scheme`, `a` and `gain` are as in `initialize_`, but for "orthogonal", whose
-    weights are not independent, with mode "fan_in"; a `bias` is U(-1/sqrt(fan_in), 1/sqrt(fan_in)),
-    by "default", or none.
+    `x` is a batch (N, C, H, W) for a Conv2d, (N, in_features) for a Linear; the values of `layer`
+    do not matter. `scheme`, but for "orthogonal", `a` and `gain` are as in `initialize_`; a `bias`
+    is U(±1/sqrt(fan_in)), or none. Memory grows with fan_in squared.
 
-    Raises:
-        ValueError: Unknown scheme or bias; an `a` or `gain` as in `initialize_`; `x` empty, not
-            finite, of another shape than the layer takes or smaller than the kernel; padding by
-            anything but zeros; a layer that is lazy, or has a forward or a weight of its own.
-        TypeError: `layer` is neither Conv2d nor Linear; `x` is no floating-point tensor.
+    Raises a TypeError if `layer` is neither Conv2d nor Linear or `x` no floating-point tensor; a
+    ValueError as `initialize_`, if `x` is empty, not finite or not as the layer takes it, or if the
+    layer is lazy, pads by anything but zeros or computes in a way of its own.
 
-    Source: He et al. 2015, arXiv 1502.01852, sec. 2.2, without its assumptions on the data; for
-    pairs of patches the arc-cosine kernels of Cho & Saul 2009.
-
-    Example:
-        White noise of unit energy keeps its rms under gain 1, plus the bias: sqrt(1 + 1/75).
-
-        >>> x = torch.randn(100, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        >>> conv = nn.Conv2d(1, 32, 5)
-        >>> predicted = predict(x / x.square().mean().sqrt(), conv, "kaiming_normal", a=1.0)
-        >>> round(predicted.at().rms, 2), round(predicted.at(0.0).mean, 2)
-        (1.01, 0.4)
+    >>> x = torch.randn(100, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    >>> round(predict(x, nn.Conv2d(1, 32, 5), "kaiming_normal", a=1.0).at().rms, 2)
+    1.01
     """
     windows, conv = windows_of(x, layer, bias)
-    V = _weight_variance(conv.weight, scheme, a, gain)
+    V = scale_rule(scheme, a, "fan_in", gain)(conv.weight) ** 2
+    if scheme == "orthogonal":
+        raise ValueError("no prediction for scheme 'orthogonal': its weights are not independent")
     U = 1 / (3 * fans(conv.weight)[0]) if conv.bias is not None else 0.0
     some = math.ceil(PAIRS_FROM / math.sqrt(conv.groups))  # as many pairs for any groups
     bounded = not scheme.endswith("normal")
@@ -82,29 +72,13 @@ def predict(
     )
 
 
-def _weight_variance(
-    weight: Tensor, scheme: Scheme, a: float | Activation | None, factor: float | None
-) -> float:
-    """Return the variance V of one weight."""
-    schemes = [s for s in get_args(Scheme) if s != "orthogonal"]
-    if scheme not in schemes:
-        raise ValueError(f"no prediction for scheme {scheme!r}; known are {', '.join(schemes)}")
-    weight_rule(scheme, a, "fan_in", factor)  # raises
-    fan_in, fan_out = fans(weight)
-    if scheme.startswith("xavier"):
-        return 2 / (fan_in + fan_out) * (1.0 if factor is None else factor) ** 2
-    a = math.sqrt(5) if scheme == "default" else 0.0 if a is None else a
-    return gain(a) ** 2 / fan_in
-
-
 def _of_a_group(
     windows: Tensor, V: float, U: float, bounded: bool, some: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return E of y, |y|, y^2, y|y|, the covariance (4, 4) of their means over one filter, others.
 
-    With weights and bias of variance 1 a patch is P = (sqrt(V) p, sqrt(U)), and y = w . P. The
-    others are the traces of M, M^2 and M^3, M the mean of P P^T, and the mean of the fourth
-    cumulant of y over its variance.
+    With weights and bias of variance 1, y = w . P of the patch P = (sqrt(V) p, sqrt(U)). Others:
+    the traces of M, M^2, M^3, M the mean of P P^T; of y the mean fourth cumulant over its variance.
     """
     positions, n = count_positions(windows), windows[0, :, 0, 0].numel()
     uniform = torch.tensor([bounded] * n + [True], device="cpu")
@@ -131,7 +105,7 @@ def _of_a_group(
     others = variance.sqrt().sum() ** 2 - variance.sum()
     rest = _rest_of_pairs(sample, often, uniform, others / positions**2, positions)
     m, k = M.diagonal() * uniform, N.diagonal() * uniform
-    covariance = torch.zeros(4, 4, dtype=torch.float64, device="cpu")
+    covariance = mean.new_zeros(4, 4)  # odd functions of (w, b) do not covary with even ones
     covariance[0, 0] = mean @ mean
     covariance[1, 1] = 2 / math.pi * ((N * N).sum() / 2 + KURTOSIS / 4 * k @ k + rest[0])
     covariance[2, 2] = 2 * (M * M).sum() + KURTOSIS * m @ m
@@ -148,9 +122,8 @@ def _of_a_group(
 def _mean_abs(variance: Tensor, cumulant: Tensor, widest: Tensor) -> Tensor:
     """Return E|y| of sums y of independent parts, by their variance and fourth cumulant.
 
-    The widest uniform part, on [-h, h] with h^2 = `widest`, is taken as it is, the others as
-    Gaussian but for the leading term of their fourth cumulant: with their sd t, q = h / t, and phi
-    the density of N(0, 1),
+    The widest uniform part, on [-h, h] with h^2 = `widest`, is taken as it is, the others, of sd t,
+    as Gaussian but for the leading term of their fourth cumulant: by q = h / t, phi of N(0, 1),
         E|y| = t ((q + 1/q) / 2 erf(q / sqrt(2)) + phi(q)) - cumulant / (12 t^3) phi(q).
     """
     t = (variance - widest / 3).clamp_min(1e-18 * widest + 1e-190).sqrt()
@@ -164,8 +137,7 @@ def _mean_abs(variance: Tensor, cumulant: Tensor, widest: Tensor) -> Tensor:
 def _sample(size: Tensor, some: int) -> tuple[Tensor, Tensor]:
     """Return the numbers of about `some` patches or of all, and how many each stands for.
 
-    A patch is taken with a probability that grows with its size, the largest surely. By multiples
-    of the golden ratio, in step with neither row nor picture.
+    The larger, the likelier; by multiples of the golden ratio, in step with no row or picture.
     """
     size = size.clamp_min(1e-70)
     if len(size) <= some:
@@ -199,8 +171,7 @@ def _rest_of_pairs(
                             - r w k40 / 3)
         Cov(y|y|, y') = sqrt(2/pi) s^2 s' (2 r + k31 / 3 - k40 r / 12)
     on average over both orders of the pair. The terms in one k come from those of Gaussian w and b,
-    differentiated twice by the covariances; those in two k or a sixth cumulant, which count where r
-    is small, are those of r = 0. Odd functions of (w, b) do not covary with even ones.
+    differentiated twice by the covariances; those in two k or a sixth cumulant are those of r = 0.
     """
     s = P.square().sum(0).sqrt().clamp_min(1e-70)
     z = P / s
@@ -214,8 +185,7 @@ def _rest_of_pairs(
     pairs = often.outer(often).fill_diagonal_(0)
     scale = others / (pairs * ss).sum().clamp_min(1e-300)
 
-    def mean(values: Tensor) -> float:
-        """Mean over all pairs of the data, of which a share 1 / positions is one patch twice."""
+    def mean(values: Tensor) -> float:  # over all pairs, of which a share 1 / positions is the same
         same = often @ values.diagonal() / positions**2
         return same.item() + (scale * (pairs * values).sum()).item()
 

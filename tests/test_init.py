@@ -136,11 +136,11 @@ def test_gain_of_an_activation_by_the_trapezoidal_rule(activation):
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        (torch.zeros_like, "is 0: it has no gain"),
-        (lambda z: z * math.nan, "is not finite"),
-        (lambda z: (z * z).exp(), "is not finite"),
-        (lambda z: (z * z / 4).exp(), "is not finite"),
-        (lambda z: 1 / z, "is not finite"),
+        (torch.zeros_like, "is 0 or not finite: it has no gain"),
+        (lambda z: z * math.nan, "is 0 or not finite"),
+        (lambda z: (z * z).exp(), "is 0 or not finite"),
+        (lambda z: (z * z / 4).exp(), "is 0 or not finite"),
+        (lambda z: 1 / z, "is 0 or not finite"),
         (nn.Softmax(0), "is not elementwise"),
         (nn.GLU(), "is not elementwise"),
         (nn.Dropout(), "is random"),

@@ -548,7 +548,7 @@ def test_type_errors(x, conv, message):
 
 
 def test_orthogonal_is_not_predicted():
-    with pytest.raises(ValueError, match="no prediction for scheme 'orthogonal'; known are def"):
+    with pytest.raises(ValueError, match="no prediction for scheme 'orthogonal'"):
         predict(PICTURE, nn.Conv2d(3, 4, 3), "orthogonal")
 
 
