@@ -59,9 +59,8 @@ def test_rows_are_met_by_their_first_steps(part, monkeypatch):
         fashion_or_skip()
     found, row = train(replace(RUNS[number], stage="tune", steps=4)), RECORD.iloc[number]
     for column, tolerance in TOLERANCE.items():
-        # Logits of 0.05 are rounded by 3e-9 each. Beside a signal s of 5,000 of them this makes
-        # (3e-9)^2 / (2 s sqrt(5,000)), five times over: of the smallest, 1e-8, 3e-11
-        rounding = 3e-11 if column == "signal" else 0.0
+        # Logits of 0.1 are rounded by 2^-25 of their size, 3e-9: so much is in a signal, squared
+        rounding = 3e-9**2 / (2 * row["signal"]) if column == "signal" else 0.0
         near = pytest.approx(row[column], rel=tolerance, abs=rounding, nan_ok=True)
         assert found[column] == near, column
 
