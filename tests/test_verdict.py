@@ -5,12 +5,24 @@ import math
 
 import pytest
 import torch
-from calibrate import FAULTS, dense, found, judge, kaiming, pooled, sound, stacks
+from calibrate import (
+    FAULTS,
+    dense,
+    found,
+    judge,
+    kaiming,
+    pooled,
+    random_direction,
+    sound,
+    stacks,
+)
+from cases import FAULT, SOUND
 from torch import nn
 
 from initlab import trace
-from initlab.tracing import LayerTrace, Trace
-from initlab.verdict import SLACK, diagnose
+from initlab.diagnose.report import Trace
+from initlab.diagnose.rows import LayerTrace
+from initlab.diagnose.verdict import SLACK, diagnose
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -123,7 +135,18 @@ def chain(sizes, grads=None, shape=(4, 100)):
     grads = grads or [None] * len(sizes)
     return Trace(
         LayerTrace(
-            str(i), "Linear", shape, 0.0, y, y, y, g, in_rms=x, in_signal=x, features=shape[1]
+            str(i),
+            "Linear",
+            shape,
+            0.0,
+            y,
+            y,
+            y,
+            g,
+            in_rms=x,
+            in_signal=x,
+            features=shape[1],
+            parents=(i - 1,) if i else (),
         )
         for i, (x, y, g) in enumerate(zip([1.0, *sizes], sizes, grads, strict=False))
     )
@@ -138,7 +161,7 @@ def kinds(entries):
 )
 def test_gradients(factor, kind):
     grads = [math.exp(-factor * i) for i in range(15)]
-    expected = [("14", f"gradient {kind}")] if kind else []
+    expected = [("13", f"gradient {kind}")] if kind else []
     assert kinds(chain([1.0] * 15, grads)) == expected
     grads[5] = math.inf
     assert kinds(chain([1.0] * 15, grads)) == [("5", "not finite")]
@@ -146,7 +169,7 @@ def test_gradients(factor, kind):
 
 def test_gradients_may_grow_by_a_fifth_through_each_normalisation():
     grads = [1.2 ** (60 - i) for i in range(60)]
-    assert kinds(chain([1.0] * 60, grads)) == [("59", "gradient explodes")]
+    assert kinds(chain([1.0] * 60, grads)) == [("58", "gradient explodes")]
     norms = Trace(dataclasses.replace(e, role="norm") for e in chain([1.0] * 60, grads))
     assert kinds(norms) == []
 
@@ -175,3 +198,58 @@ def test_a_single_input_is_judged_by_its_rms():
 
 def test_no_rows_no_problems():
     assert Trace().problems() == []
+
+
+def traced(made):
+    net, x, *loss = made
+    loss = loss[0] if loss else lambda y: random_direction(y[0] if isinstance(y, tuple) else y)
+    return trace(net, x, loss=loss)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_its_authors_meant_is_left_in_peace(name):
+    torch.manual_seed(0)
+    assert traced(SOUND[name]()).problems() == []
+
+
+@pytest.mark.parametrize("name", FAULT)
+def test_faults_in_networks_of_all_kinds_are_found_and_named(name):
+    torch.manual_seed(0)
+    build, layers = FAULT[name]
+    problems = traced(build()).problems()
+    assert problems
+    assert not layers or problems[0].layer in layers
+
+
+def test_advice_can_be_pasted():
+    torch.manual_seed(0)
+    net, x = kaiming(dense(8, 64)), torch.randn(32, 64)
+    net[6].weight.data.mul_(100)
+    (problem,) = judge(net, x).problems()
+    call, comment = problem.fix.split("  # ")
+    assert call == 'nn.init.kaiming_normal_(net[6].weight, nonlinearity="relu")'
+    assert comment.startswith("std 0.177, is 17.")
+    exec(call, {"nn": nn, "net": net})
+    assert judge(net, x).problems() == []
+
+
+def test_a_limit_just_passed_is_called_so():
+    fall = [math.exp(-0.33 * i) for i in range(1, 21)]
+    (problem,) = diagnose(chain(fall))
+    assert "just beyond what we allow" in problem.reason
+
+
+def test_remarks_are_no_problems():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    rows = judge(nn.TransformerEncoder(layer, 2), torch.randn(4, 5, 16))
+    assert rows.problems() == []
+    (remark,) = rows.remarks()
+    assert remark.startswith("Weights that are copies of each other: layers.0.")
+    assert remark in str(rows)
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    assert judge(net, torch.randn(1 + 7, 8)).remarks() == []
+    assert "BatchNorm in eval mode" in judge(net.eval(), torch.randn(8, 8)).remarks()[0]
+    assert "one input" in judge(net, torch.randn(1, 8)).remarks()[0]
+    nn.init.normal_(net[1].weight)
+    assert "trained" in judge(net, torch.randn(8, 8)).remarks()[0]

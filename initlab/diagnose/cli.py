@@ -209,7 +209,7 @@ FIRST = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.RNNBase
 
 def _shape(text: str) -> list[int]:
     try:
-        return [int(size) for size in text.replace("x", ",").split(",") if size]
+        return [int(size) for size in text.replace("x", ",").split(",")]
     except ValueError:
         raise RefusedError(f"--shape {text} is no shape: write it as in 3,224,224") from None
 

@@ -73,6 +73,8 @@ class Graph:
             for p in e.parents:
                 self.children[p].append(i)
             main = max(e.parents, key=lambda p: size(self.rows[p]), default=None)
+            if main is not None and e.in_rms > STREAM * self.rows[main].rms * len(e.parents) ** 0.5:
+                main = None  # what it is given comes from elsewhere: the input, or parameters
             anew = main is None or not size(self.rows[main]) or e.role in ("norm", "mixer")
             given = given_size(e)
             if main is None or anew:
@@ -190,7 +192,10 @@ def diagnose(rows: Rows, info: dict[str, Any] | None = None) -> list[Problem]:
         for find_one in (_reached, _memory, _backward):
             if rows and not problems and (problem := find_one(Graph(rows, info))):
                 problems.append(problem)
-    return sorted(problems, key=lambda p: order[p.layer])
+    problems.sort(key=lambda p: order[p.layer])
+    scales = [i for i, p in enumerate(problems) if p.kind in ("scale", "shrinks", "grows")]
+    after = problems[scales[0] + 1 :] if scales else []  # units die of it, too
+    return [p for p in problems if p not in after or p.kind not in ("dead", "constant")]
 
 
 def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
@@ -321,12 +326,13 @@ def _forward(g: Graph) -> Found:
         end, segment = g.end(i), g.segment(i)
         on = [j for j in segment if j in scaled]
         level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
-        grown = log(g.rows[end].rms) - g.start[end]
+        loss = relu_loss(g.active[end], 1.0)
+        grown = min(log(g.rows[end].rms) - g.start[end], level + loss)
         normed = g.main[segment[0]] is not None  # at its start
         branch = i in g.aside and normed and len(on) < 5
         level = grown if grown > limit else 0.0 if branch else level
         custom = LEAP + CUSTOM * (min(len(on), 3) - 1) if normed else 0.0
-        low = -max(limit + LOW, custom) - relu_loss(g.active[end], 1.0)
+        low = -max(limit + LOW, custom) - loss
         if low <= level <= limit or (level < 0 and g.joined(i)):
             continue
         by = [(g.factor(j), j) for j in on if level > 0 or not g.joined(j)]
@@ -363,12 +369,6 @@ def _output(g: Graph) -> Found:
     if not ends:
         return None
     last = max(ends)
-    for i in ends:
-        e = g.rows[i]
-        limit = math.log(LOUD) + SDS * math.sqrt(g.walk[i])
-        if e.role == "layer" and log(e.rms) > limit:
-            reason = f"Its output has an rms of {e.rms:.3g}; {allowed(log(e.rms), limit)}."
-            return len(g.rows), Problem(e.name, "loud output", e.rms, reason, fix(g, i))
     path = g.path(last)
     while len(path) > 1 and g.rows[path[-1]].role == "activation":  # they shift all outputs
         path.pop()
@@ -395,6 +395,12 @@ def _output(g: Graph) -> Found:
         culprits = _culprits(shares, -1)
         layer = g.rows[culprits[0][1]] if culprits else end
         return len(g.rows), Problem(layer.name, "alike", signal / rms, reason)
+    for i in ends:
+        e = g.rows[i]
+        limit = math.log(LOUD) + SDS * math.sqrt(g.walk[i])
+        if e.role == "layer" and log(e.rms) > limit:
+            reason = f"Its output has an rms of {e.rms:.3g}; {allowed(log(e.rms), limit)}."
+            return len(g.rows), Problem(e.name, "loud output", e.rms, reason, fix(g, i))
     return None
 
 

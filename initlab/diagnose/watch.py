@@ -242,12 +242,13 @@ class Flow(TorchDispatchMode):
         if row["role"] == "activation" and row["op"] in DYING and not row["clipped"]:
             others = [0] if axis == 0 else [d for d in range(y.dim()) if d != axis % y.dim()]
             v = y.detach()
-            dead = (v.amax(others) == 0 if others else v == 0).logical_and(
-                v.amin(others) == 0 if others else v == 0
-            )
-            row["dead"] = dead.double().mean().item()
-            if row["dead"]:
-                row["above"] = int((v.amin(others) > 0).sum()) if others else int((v > 0).sum())
+            high = v.amax(others) if others else v
+            if bool((high == 0).any()):
+                low = v.amin(others) if others else v
+                row["above"] = int((low > 0).sum())
+                row["dead"] = ((high == 0) & (low == 0)).double().mean().item()
+            else:
+                row["dead"] = 0.0
 
     def settle(self, start: int, call: str, out: Any) -> None:
         """Hook the gradients of rows whose function has returned, with the shape it returned."""
@@ -534,13 +535,14 @@ def measured(y: Tensor, n: int) -> dict[str, float]:
     v = _by_input(y.detach(), n)
     n, size = v.shape
     means, squares = _passes(v, None)
-    shared = n * means.square().sum()
+    shared = n * torch.dot(means, means)
     within = squares - shared
     if n > 1 and not within > 1e-6 * squares:  # else rounding counts: again, from the first input
         shifts, apart = _passes(v, v[0])
-        within = apart - n * shifts.square().sum()
+        within = apart - n * torch.dot(shifts, shifts)
     mean = means.mean()
-    between = n * (means - mean).square().sum()
+    means -= mean
+    between = n * torch.dot(means, means)
     count = v.numel()
     squares = squares / count
     variances = [(within + between) / (count - 1 or math.nan)]
@@ -576,7 +578,15 @@ def rms(g: Tensor) -> float:
     """Return the root mean square of a tensor, dense or sparse."""
     count = g.numel()
     g = g.coalesce().values() if g.is_sparse else g
-    return math.sqrt(_passes(_by_input(g.detach(), 1), None)[1].item() / max(count, 1))
+    v = _by_input(g.detach(), 1)[0]
+    on = torch.device("cpu") if v.device.type == "mps" else v.device
+    size = BLOCK * (64 if on.type != "cpu" else 1)
+    space = torch.empty(min(size, len(v)), dtype=torch.float64, device=on)
+    total = torch.zeros((), dtype=torch.float64, device=on)
+    for part in v.split(size):
+        block = space[: len(part)].copy_(part)
+        total += torch.dot(block, block)
+    return math.sqrt(total.item() / max(count, 1))
 
 
 def _by_input(y: Tensor, n: int) -> Tensor:

@@ -183,7 +183,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
     "mobilenet_v2 in eval mode (fan_out)": (
         lambda: torchvision.models.mobilenet_v2().eval(),
         (8, 3, 64, 64),
-        "features.1.conv.0.0 features.2.conv.1.0",
+        "features.0.0 features.1.conv.0.0 features.2.conv.1.0",
         "shrinks",
     ),
     "sigmoids": (

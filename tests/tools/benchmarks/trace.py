@@ -1,15 +1,15 @@
 """What `trace` with a loss costs beside a plain forward and backward pass: time and memory.
 
 `python tests/tools/benchmarks/trace.py [NAME ...]` runs both in turn, on one thread, and prints the
-medians of the ratios. Memory is the growth of the peak of a process of its own.
+medians of the ratios. Memory is the growth of the peak of a process of its own (on Linux).
 """
 
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torchvision
@@ -50,9 +50,17 @@ def grown(name: str, run: Callable[[nn.Module, Tensor], None]) -> int:
     torch.set_num_threads(1)
     net, x = NETS[name]()
     trace(nn.Linear(2, 2), torch.randn(2, 2), loss=loss)  # what is imported once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
     run(net, x)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return peak() - before
+
+
+def peak() -> int:
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
+    )
+    return int(line.split()[1])
 
 
 def main(names: list[str], repeats: int = 5) -> None:
