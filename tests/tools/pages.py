@@ -26,7 +26,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PAGES = {
     ROOT / "README.md": "index.html",
     ROOT / "data" / "README.md": "data.html",
-    ROOT / "data" / "training" / "README.md": "training.html",
+    **{ROOT / "data" / n / "README.md": f"{n}.html" for n in ("training", "predict", "survey")},
 }
 PAGES |= {path: f"{path.stem}.html" for path in NOTEBOOKS}
 
@@ -147,7 +147,7 @@ def write(out: Path) -> list[Path]:
     )
     notebooks = {path: read(path) for path in PAGES}
     titles = {path: nb.cells[0].source.partition("\n")[0] for path, nb in notebooks.items()}
-    titles = {path: title.lstrip("# ") for path, title in titles.items()}
+    titles = {path: title.lstrip("# ").replace("`", "") for path, title in titles.items()}
     names = {ROOT / "README.md": "Start"} | {path: str(int(path.stem[:2])) for path in NOTEBOOKS}
     links = [(PAGES[path], name, titles[path]) for path, name in names.items()]
     for path, notebook in notebooks.items():
