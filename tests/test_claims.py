@@ -20,6 +20,7 @@ from initlab.training.statistics import (
     select,
     signal_and_time,
     steps,
+    unpaired,
 )
 
 FINAL, DEEP = Run(stage="final"), Run(stage="final", depth=16)
@@ -377,3 +378,28 @@ def test_what_was_expected_follows_the_record():
     gap = 0.05 * (RECORD["scheme"] == "default")
     apart = expectations(RECORD.assign(test_accuracy=spread - gap)).set_index("expected")["outcome"]
     assert (apart[apart.index.str.endswith("equal within 0.01")] == "failed").all()
+
+
+def test_holes_of_the_first_record():
+    given, kaiming_ = Run(stage="given"), kaiming(Run(stage="final"))
+    xavier, orthogonal = (
+        causes(replace(given, depth=16))[name] for name in ("Xavier", "orthogonal")
+    )
+    at = {
+        "0.01": [xavier, orthogonal],
+        "0.0316": [kaiming(replace(given, depth=d)) for d in (8, 16)],
+    }
+    came = {
+        rate: [steps(select(RECORD, arm)) < np.inf for arm in arms] for rate, arms in at.items()
+    }
+    assert {rate: [c.tolist().count(True) for c in cs] for rate, cs in came.items()} == {
+        "0.01": [4, 8],
+        "0.0316": [8, 7],
+    }
+    parts = [{"drawn": "convolutions"}, {"drawn": "last"}, {"last": 0.1}]
+    rows = [select(RECORD, replace(kaiming_, **part)) for part in parts]
+    assert [(steps(some) < np.inf).sum() for some in rows] == [7, 1, 7]
+    small, whole = rows[2]["test_accuracy"], select(RECORD, kaiming_)["test_accuracy"]
+    assert (round(small.mean(), 3), round(whole.mean(), 3)) == (0.948, 0.972)
+    assert np.allclose(unpaired(whole, small).interval(), (-0.073, 0.006), atol=5e-4)
+    assert unpaired(whole, small).p() > 0.05
