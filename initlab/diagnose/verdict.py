@@ -340,8 +340,8 @@ def _forward(g: Graph) -> Found:
             (factor, row), kind = culprits[0], "shrinks" if level < 0 else "grows"
             value = level
             reason = (
-                f"Over {len(on)} layer{'s' * (len(on) != 1)} the signal {times(level)}, in this one "
-                f"it {times(factor)}; {allowed(level, low if level < 0 else limit)}."
+                f"Over {len(on)} layer{'s' * (len(on) != 1)} the signal {times(level)}, in this "
+                f"one it {times(factor)}; {allowed(level, low if level < 0 else limit)}."
             )
             if len(culprits) == 1:
                 kind, value = "scale", factor
