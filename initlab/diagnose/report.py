@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-LABELS = {"signal": "std across inputs", "grad_rms": "rms of the gradient"}
+LABELS = {"grad_rms": "rms of the gradient"}
 
 
 class Trace(list[LayerTrace]):
