@@ -11,10 +11,13 @@ import torch
 from scipy import stats
 from torch import nn
 
+from initlab.training.plan import parts
 from initlab.training.record import COLUMNS, RUN, Run
 from initlab.training.run import build
 from initlab.training.statistics import (
     FAMILY,
+    REMEDIES,
+    SECOND,
     causes,
     compare,
     died,
@@ -379,6 +382,17 @@ def test_a_seed_draws_the_same_weights_but_for_sqrt_6(name):
         torch.testing.assert_close(math.sqrt(6) * one.weight, other.weight)
         assert torch.equal(one.bias, other.bias)
     assert len(layers[0]) == 4
+
+
+def test_every_comparison_of_the_second_record_is_planned():
+    arms = {replace(arm, stage="final") for part in parts() for arm in part}
+    both = {arm for one in SECOND.values() for arm in (one, kaiming(one))}
+    assert both <= arms
+    remedies = {arm for pair in REMEDIES.values() for arm in pair}
+    assert remedies <= arms
+    second = {replace(a, stage="final") for p in parts()[18:] for a in p if a.stage == "tune"}
+    assert second <= both | remedies
+    assert (len(SECOND), len(REMEDIES)) == (21, 26)
 
 
 def test_multiplied_counts_who_changes_sides():

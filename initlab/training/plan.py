@@ -18,6 +18,8 @@ GRIDS = {"sgd": (1e-2, 3.16e-2, 1e-1), "adam": ADAM, "adamw": ADAM}
 TUNE_SEEDS, FINAL_SEEDS, LATE_SEEDS = (0, 1), range(10, 18), (20, 21)
 FIRST = 17  # parts of the first record
 THIRD_SEED, CLOSE = 2, 0.005  # in the second record, for two best rates as close as that
+MODERN = {"optimizer": "adamw", "weight_decay": 0.05, "warmup": 100, "cosine": True}
+FASHION = {"data": "fashion", "goal": 0.8}
 
 
 def kaiming(network: Run) -> Run:
@@ -64,8 +66,6 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         return [replace(init, stage="given", rate=r, seed=s, **settings) for r, s in grid]
 
     late, blocks = {"steps": 20 * EPOCH}, {"net": "residual"}
-    modern = {"optimizer": "adamw", "weight_decay": 0.05, "warmup": 100, "cosine": True}
-    fashion = {"data": "fashion", "goal": 0.8}
     holes = [
         *(run for init in others[-2:] for run in given(init, 1e-2, depth=16)),
         *(run for depth in (8, 16) for run in given(kaimings, 3.16e-2, depth=depth)),
@@ -84,7 +84,7 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         for init, mode in ((default, "fan_in"), (kaimings, "fan_in"), (kaimings, "fan_out"))
     ]
     reader = replace(default, net="lstm", depth=28, width=64, **adam)
-    gpt = Run(net="gpt", depth=4, width=64, data="sort", goal=0.99, steps=EPOCH, **modern)
+    gpt = Run(net="gpt", depth=4, width=64, data="sort", goal=0.99, steps=EPOCH, **MODERN)
     first = [
         arms(2, 4, 8),
         arms(8, **batch) + arms(8, **adam),
@@ -116,17 +116,17 @@ def parts(slope: float = 0.0) -> list[list[Run]]:
         [replace(default, depth=16, eps=1e-12, **adam)],
         given(default, 1e-3, depth=16, **adam, **late),
         # What people do today
-        arms(4, 8, **modern),
-        arms(16, **modern),
+        arms(4, 8, **MODERN),
+        arms(16, **MODERN),
         arms(8, warmup=300) + arms(8, clip=1.0),
-        arms(4, 8, 16, **modern, **batch),
-        arms(30, **modern),
-        arms(30, **modern, **batch),
+        arms(4, 8, 16, **MODERN, **batch),
+        arms(30, **MODERN),
+        arms(30, **MODERN, **batch),
         # Other data, more channels
-        arms(4, 8, 16, **fashion),
-        arms(4, 8, 16, **fashion, **adam),
-        arms(4, 8, 16, **fashion, **batch),
-        arms(20, **fashion, **batch, **blocks),
+        arms(4, 8, 16, **FASHION),
+        arms(4, 8, 16, **FASHION, **adam),
+        arms(4, 8, 16, **FASHION, **batch),
+        arms(20, **FASHION, **batch, **blocks),
         arms(8, width=64),
         # Remedies
         [replace(default, scheme="lsuv", a=0.0, bias="zeros", depth=depth) for depth in (8, 16)],

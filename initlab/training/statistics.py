@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from initlab.training.plan import causes, kaiming
+from initlab.training.plan import FASHION, MODERN, causes, kaiming, parts
 from initlab.training.record import CHANCE, LOOKS, RUN, Run
 
 Array = NDArray[np.float64]
@@ -158,6 +158,60 @@ FAMILY = {
     "8 layers, slope 0.3": _final(slope=0.3),
     "8 layers, 32 channels": _final(width=32),
 }
+# And every network of the second record, declared before its first run
+SECOND = {
+    **{
+        f"{d} layers{n}, AdamW": _final(depth=d, **_WAYS[n], **MODERN)
+        for n in ("", ", BatchNorm")
+        for d in (4, 8, 16, 30)
+    },
+    "8 layers, warm-up": _final(warmup=300),
+    "8 layers, clipped": _final(clip=1.0),
+    **{
+        f"Fashion, {d} layers{w}": _final(depth=d, **_WAYS[w], **FASHION)
+        for w in [*_WAYS][:3]
+        for d in (4, 8, 16)
+    },
+    "Fashion, 20 layers, residual, BatchNorm": _final(
+        depth=20, net="residual", **_WAYS[", BatchNorm"], **FASHION
+    ),
+    "8 layers, 64 channels": _final(width=64),
+}
+
+
+# Each remedy of the second record, against leaving it: the two arms, in the order of a part's arms
+_STEPS = {
+    36: ("GELU", "the ReLU's gain", "its own"),
+    37: ("GELU, BatchNorm", "the ReLU's gain", "its own"),
+    38: ("tanh", "torch's gain", "its own"),
+    39: ("tanh, BatchNorm", "torch's gain", "its own"),
+    40: ("separable, BatchNorm", "Kaiming by fan_in", "by fan_out"),
+    41: ("separable, frozen BatchNorm", "Kaiming by fan_in", "by fan_out"),
+    42: ("separable", "Kaiming by fan_in", "by fan_out"),
+    43: ("LSTM, 28 steps", "forget bias 1"),
+    44: ("LSTM, 98 steps", "forget bias 1"),
+    45: ("GPT", "N(0, 0.02^2)", "ends of branches by 1/sqrt(2L)"),
+}
+_DEFAULT, _KAIMING, _DEEP = _final(), kaiming(_final()), _final(depth=16)
+_LSUV = {"scheme": "lsuv", "a": 0.0, "bias": "zeros"}
+REMEDIES = {
+    "8 layers: Kaiming in the convolutions": (_DEFAULT, replace(_KAIMING, drawn="convolutions")),
+    "8 layers: Kaiming in the last layer": (_DEFAULT, replace(_KAIMING, drawn="last")),
+    "8 layers, Kaiming: last layer times 0.1": (_KAIMING, replace(_KAIMING, last=0.1)),
+    "16 layers, Adam: eps 1e-12": tuple(
+        replace(_DEEP, optimizer="adam", eps=eps) for eps in (1e-8, 1e-12)
+    ),
+    **{
+        f"{arm.depth} layers{name}: LSUV": (arm, replace(arm, **_LSUV))
+        for name, one in (("", _DEFAULT), (", Kaiming", _KAIMING))
+        for arm in (one, replace(one, depth=16))
+    },
+    **{
+        f"{what}: {name}": (replace(one, stage="final"), replace(other, stage="final"))
+        for part, (what, *names) in _STEPS.items()
+        for name, (one, other) in zip(names, itertools.pairwise(parts()[part - 1]), strict=True)
+    },
+}
 
 
 def networks(record: pd.DataFrame) -> list[Run]:
@@ -190,12 +244,13 @@ def steps(rows: pd.DataFrame) -> Array:
 
 def compare(
     record: pd.DataFrame,
-    family: Mapping[str, Run] = FAMILY,
+    family: Mapping[str, Run | tuple[Run, Run]] = FAMILY,
     margin: float = 0.01,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
     """Compare the default with Kaiming's init in each network of a family, one row each.
 
+    Or two arms, where the family names both: then "default" is the first, "Kaiming" the second.
     The intervals suppose that one init shifts what the other gives; the p-values suppose nothing.
     The columns: "rate" and "Kaiming rate", each the best; "default" and "Kaiming", mean test
     accuracies, "from", "to" of their difference, Kaiming minus default, its exact "p", and that
@@ -208,7 +263,8 @@ def compare(
     """
     found = {}
     for name, network in family.items():
-        one, other = select(record, network), select(record, kaiming(network))
+        arms = network if isinstance(network, tuple) else (network, kaiming(network))
+        one, other = (select(record, arm) for arm in arms)
         if one["seed"].tolist() != other["seed"].tolist():
             raise ValueError(f"{name}: the two inits have other seeds")
         ends = [rows["test_accuracy"].to_numpy() for rows in (one, other)]
