@@ -158,7 +158,7 @@ FAMILY = {
     "8 layers, slope 0.3": _final(slope=0.3),
     "8 layers, 32 channels": _final(width=32),
 }
-# And every network of the second record, declared before its first run
+# And every network of the second record, declared before all but its first parts
 SECOND = {
     **{
         f"{d} layers{n}, AdamW": _final(depth=d, **_WAYS[n], **MODERN)
