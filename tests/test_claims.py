@@ -403,3 +403,20 @@ def test_holes_of_the_first_record():
     assert (round(small.mean(), 3), round(whole.mean(), 3)) == (0.948, 0.972)
     assert np.allclose(unpaired(whole, small).interval(), (-0.073, 0.006), atol=5e-4)
     assert unpaired(whole, small).p() > 0.05
+
+
+def test_one_rate_and_more_time():
+    residual = Run(stage="given", net="residual")
+    default, other = (select(RECORD, of(residual)) for of in (replace, kaiming))
+    slow = default[default["rate"] == 0.01]["test_accuracy"]
+    usual = select(RECORD, kaiming(Run(stage="final", net="residual")))["test_accuracy"]
+    assert (round(slow.mean(), 4), round(usual.mean(), 4)) == (0.9736, 0.9727)
+    assert unpaired(slow, usual).p_equal(0.01) < 0.05
+    assert np.allclose(unpaired(slow, usual).interval(), (-0.006, 0.004), atol=5e-4)
+    assert not default["diverged"].any()
+    assert other.groupby("rate")["diverged"].sum().to_dict() == {0.0178: 3, 0.0316: 7}
+    long = select(RECORD, Run(stage="given", steps=7800)).groupby("rate")["step_90"]
+    assert long.agg(["count", "min", "median", "max"]).to_numpy().tolist() == [
+        [8, 1425, 3250, 7800],
+        [8, 925, 2200, 4400],
+    ]

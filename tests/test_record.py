@@ -19,7 +19,7 @@ RECORD = read(PATH)  # which refuses a row that is damaged, out of range, or the
 RUNS = runs_of(RECORD)
 
 
-COMPLETE = 19  # parts of the plan
+COMPLETE = 21  # parts of the plan
 
 
 def test_complete(monkeypatch):
