@@ -28,8 +28,8 @@ each_page = pytest.mark.parametrize("path", sorted(NOTEBOOKS), ids=lambda path: 
 # and once larger than stored, in as few runs as that takes. Where two of them multiply the time,
 # one is small while the other is large. The longest runs come first.
 OTHER_VALUES = """
-12 seed=1; n_draws=12; blocks=4; steps=9; forget=2.5
-12 seed=77; n_draws=4; blocks=18; steps=33; forget=-3.0
+12 seed=1; n_draws=12; depth=4; steps=9; forget=2.5
+12 seed=77; n_draws=4; depth=18; steps=33; forget=-3.0
 11 seed=1; n_nets=3; depth=31; factor=0.001
 11 seed=77; n_nets=12; depth=4; factor=100.0
 10 margin=0.001; confidence=0.8; factor=0.1
