@@ -51,6 +51,14 @@ def test_is_a_whole_document(soups, page):
     assert [link["href"][1:] for link in soup.main(class_="anchor")] == sections
 
 
+def test_next_leads_through_the_series_and_previous_back(soups):
+    read = ["index.html"]
+    while link := soups[read[-1]].nav.find("a", rel="next"):
+        assert soups[link["href"]].nav.find("a", rel="prev")["href"] == read[-1]
+        read.append(link["href"])
+    assert read == list(pages.SERIES.values())
+
+
 @each_page
 def test_links_stay_on_the_machine_unless_clicked(folder, soups, page):
     soup = soups[page]

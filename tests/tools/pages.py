@@ -153,6 +153,8 @@ def outline(soup: BeautifulSoup) -> None:
 def localize(html: str, source: Path, out: Path) -> str:
     """Point the links of `source` to pages and put its pictures in."""
     soup = BeautifulSoup(html, "html.parser")
+    for block in soup.select("main > pre"):  # code of no language
+        block.wrap(soup.new_tag("div", attrs={"class": "highlight"}))
     for table in soup("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
     for picture in soup("img"):  # figures are legible at half their size; below it they scroll
