@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from html import escape
 from urllib.parse import unquote, urlsplit
 
@@ -37,18 +39,33 @@ def test_is_a_whole_document(soups, page):
     soup = soups[page]
     assert soup.html["lang"] == "en"
     assert soup.find("meta", attrs={"name": "viewport"})
-    assert soup.title.text == soup.h1.text != ""
+    (title,) = soup("h1")
+    assert soup.title.text == title.text != ""
     ids = [tag["id"] for tag in soup.find_all(id=True)]
     assert len(ids) == len(set(ids))
     current = [link["href"] for link in soup.nav("a") if link.has_attr("aria-current")]
-    texts = ("data.html", "training.html", "predict.html", "survey.html")  # which nothing leads to
-    assert current == [page] * (page not in texts)
+    assert current == [page]
+    assert set(pages.PAGES.values()) <= {link["href"] for link in soup.nav("a")}
+    sections = [heading["id"] for heading in soup.main(["h2", "h3", "h4"])]
+    assert [link["href"][1:] for link in soup.nav.select("ul ul a")] == sections
+    assert [link["href"][1:] for link in soup.main(class_="anchor")] == sections
+
+
+def test_next_leads_through_the_series_and_previous_back(soups):
+    read = ["index.html"]
+    while link := soups[read[-1]].nav.find("a", rel="next"):
+        assert soups[link["href"]].nav.find("a", rel="prev")["href"] == read[-1]
+        read.append(link["href"])
+    assert read == list(pages.SERIES.values())
 
 
 @each_page
 def test_links_stay_on_the_machine_unless_clicked(folder, soups, page):
     soup = soups[page]
-    assert soup(["script", "iframe", "object", "embed", "audio", "video", "source", "base"]) == []
+    (script,) = soup("script")
+    assert script.attrs == {}
+    assert not re.search("https?:|import|fetch", script.text)
+    assert soup(["iframe", "object", "embed", "audio", "video", "source", "base"]) == []
     for style in soup("style"):
         assert not re.search(r"url\(|@import|//", style.text)
     for tag in soup.find_all(True):
@@ -62,7 +79,7 @@ def test_links_stay_on_the_machine_unless_clicked(folder, soups, page):
             assert tag.name == "a"
             assert not link.netloc
             assert not link.path.endswith((".ipynb", "README.md")), link
-            assert (folder / unquote(link.path)).is_file(), link
+            assert (folder / (unquote(link.path) or page)).is_file(), link
             target = soups[link.path] if link.path else soup
             assert not link.fragment or target.find(id=unquote(link.fragment)), link
 
@@ -100,6 +117,23 @@ def test_has_all_cells_outputs_and_described_figures(soups, path):
         assert (block.find_parent("details") is not None) == bool(hidden)
 
 
+def test_minutes_count_words_code_in_sight_and_outputs():
+    v4, output = pages.nbformat.v4, pages.nbformat.v4.new_output("stream", text="1")
+    cells = [v4.new_markdown_cell("word " * 400)]
+    cells += [v4.new_code_cell("1\n" * 40, outputs=[output] * 4)]
+    cells += [v4.new_code_cell("1\n" * 400, metadata={"tags": ["check"]})]
+    assert pages.minutes(v4.new_notebook(cells=cells)) == 2 + 2 + 1
+
+
+def test_an_error_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^The pages are not written: .*file: File exists$"):
+        pages.main(["--out", str(tmp_path / "file")])
+    monkeypatch.setitem(sys.modules, "nbconvert", None)
+    with pytest.raises(SystemExit, match=r"^The pages need nbconvert: pip install"):
+        runpy.run_path(pages.__file__, run_name="__main__")
+
+
 def test_formulas_links_and_pictures_of_a_text(tmp_path):
     html = pages.markdown("## On *a*: 1.5?\n\n$x \\sim \\frac{a}{2}$ [b](x.md#On-a:-1.5?)\n\n$$y$$")
     assert html.count("<math") == 2
@@ -110,32 +144,74 @@ def test_formulas_links_and_pictures_of_a_text(tmp_path):
     html = html.replace("x.md", "../README.md")
     soup = BeautifulSoup(pages.localize(html, source, tmp_path), "html.parser")
     assert soup.h2["id"] == "on-a-15"
-    assert [a["href"] for a in soup("a")] == ["index.html#on-a-15", "requirements.txt"]
+    assert [a["href"] for a in soup("a")] == ["#on-a-15", "index.html#on-a-15", "requirements.txt"]
     assert soup.img["src"].startswith("data:image/png;base64,iVBOR")
     assert (tmp_path / "requirements.txt").is_file()
 
 
 # Pages in frames as narrow as a phone (Chromium's own windows are wider): is anything wider than
-# its frame, and what was asked for?
-PROBE = """<!DOCTYPE html><title></title>{}<script>
-addEventListener("load", () => {{
-  document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {{
-    const inner = frame.contentWindow
-    const asked = inner.performance.getEntriesByType("resource").map(entry => entry.name)
-    return [inner.innerWidth, inner.document.documentElement.scrollWidth, asked]
-  }}))
-}})</script>"""
-FRAME = '<iframe width="360" height="800" srcdoc="{}"></iframe>'
+# its frame, what was asked for, which colours are too near to their ground, what do buttons copy,
+# what would be printed?
+PROBE = r"""<!DOCTYPE html><title></title>{}<script>
+const media = (page, feature) => {
+  for (const sheet of page.styleSheets)
+    for (const rule of sheet.cssRules)
+      if (rule.media?.mediaText.includes(feature)) rule.media.mediaText = "all"
+}
+const numbers = color => color.match(/[\d.]+/g).map(Number)
+const light = color => {
+  const [r, g, b] = numbers(color).map(v => ((v / 255 + 0.055) / 1.055) ** 2.4) // near enough
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
+}
+const faint = page => {
+  const texts = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT), found = new Set()
+  while (texts.nextNode()) {
+    const tag = texts.currentNode.parentElement, {color} = getComputedStyle(tag)
+    let under = tag
+    const ground = () => getComputedStyle(under).backgroundColor
+    while (numbers(ground())[3] === 0 && under.parentElement) under = under.parentElement
+    const ratio = light(color) / light(ground())
+    const seen = tag.tagName !== "SCRIPT" && texts.currentNode.data.trim()
+    if (seen && Math.max(ratio, 1 / ratio) < 4.5)
+      found.add(color + " on " + ground())
+  }
+  return [...found]
+}
+addEventListener("load", () => {
+  document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+    const inner = frame.contentWindow, page = inner.document, root = page.documentElement
+    const all = what => [...page.querySelectorAll(what)], said = {}
+    const shown = what => all(what).filter(tag => tag.checkVisibility()).length
+    said.widths = [inner.innerWidth, root.scrollWidth]
+    said.asked = inner.performance.getEntriesByType("resource").map(entry => entry.name)
+    said.listed = shown("nav li")
+    inner.scrollTo(0, root.scrollHeight)
+    said.nav = Math.round(page.querySelector("nav")?.getBoundingClientRect().top)
+    said.copied = []
+    const clipboard = {writeText: text => said.copied.push(text)}
+    Object.defineProperty(inner.navigator, "clipboard", {value: clipboard})
+    for (const button of all("button")) button.click()
+    said.faint = faint(page)
+    media(page, "dark")
+    said.ground = getComputedStyle(page.body).backgroundColor
+    said.faint.push(...faint(page))
+    media(page, "print")
+    said.printed = shown("nav, button, .anchor, .folded, .turn")
+    said.addresses = all("main a").map(link => getComputedStyle(link, "::after").content)
+    return said
+  }))
+})</script>"""
+FRAME = '<iframe width="{}" height="800" srcdoc="{}"></iframe>'
 
 
 def looked_at(htmls, folder):
-    """Return what a browser says of each page: its window's width, its own, requests; the console.
+    """Return what a browser says of each page, a list of pairs of width and text; the console.
 
     All in one browser, whose start takes longer than a page.
     """
     probe = folder / "probe.html"
-    frames = "".join(FRAME.format(escape(html)) for html in htmls)
-    probe.write_text(PROBE.format(frames), encoding="utf8")
+    frames = "".join(FRAME.format(width, escape(html)) for width, html in htmls)
+    probe.write_text(PROBE.replace("{}", frames, 1), encoding="utf8")
     options = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"]
     options += ["disable-background-networking", "disable-component-update", "disable-sync"]
     options += ["hide-scrollbars"]
@@ -148,21 +224,42 @@ def looked_at(htmls, folder):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_in_a_browser(folder, tmp_path):
+def test_in_a_browser(folder, soups, tmp_path):
     names = list(pages.PAGES.values())
     htmls = [(folder / name).read_text(encoding="utf8") for name in names]
-    said, console = looked_at(htmls, tmp_path)
-    assert dict(zip(names, said, strict=True)) == {name: [360, 360, []] for name in names}
+    all_said, console = looked_at([(360, html) for html in htmls] + [(1400, htmls[0])], tmp_path)
     assert console == []
+    for name, said in zip([*names, names[0]], all_said, strict=True):
+        main = soups[name].main
+        width = 1400 if said is all_said[-1] else 360
+        blocks = [block.pre.text.rstrip() for block in main(class_="highlight")]
+        links = [link["href"] for link in main("a")]
+        assert said == {
+            "widths": [width, width],
+            "asked": [],
+            "listed": len(soups[name].nav("li")) if width == 1400 else 0,
+            "nav": 0,
+            "copied": blocks,
+            "faint": [],
+            "ground": "rgb(20, 23, 27)",
+            "printed": 0,
+            "addresses": [f'" ({x})"' if x.startswith("http") else "none" for x in links],
+        }, name
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_bad_page_is_noticed_in_the_browser(tmp_path):
-    html = "<!DOCTYPE html><p style='width: 400px'><script>no()</script>"
-    html += '<img src="https://example.invalid/a.png">'
-    good = "<!DOCTYPE html><title>good</title>"
-    (fine, (width, needed, asked)), console = looked_at([good, html], tmp_path)
-    assert fine == [360, 360, []]
-    assert needed > width == 360
-    assert asked == ["https://example.invalid/a.png"]
+    html = (
+        "<!DOCTYPE html><body style='background: #fff'><p style='width: 400px; color: #888'>faint"
+    )
+    html += "<script>no()</script>"
+    html += '<img src="https://example.invalid/a.png"><button>copy</button>'
+    good = "<!DOCTYPE html><body style='background: #fff'>good"
+    (fine, bad), console = looked_at([(360, good), (360, html)], tmp_path)
+    assert fine["widths"] == [360, 360]
+    assert fine["faint"] == fine["asked"] == []
+    assert bad["widths"][1] > bad["widths"][0] == 360
+    assert bad["asked"] == ["https://example.invalid/a.png"]
+    assert bad["faint"][0].startswith("rgb(136, 136, 136) on ")
+    assert bad["printed"] == 1
     assert any("no is not defined" in line for line in console)
