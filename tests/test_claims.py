@@ -68,10 +68,10 @@ def test_the_family_is_every_network_of_the_first_record():
     assert compare(FIRST).equals(TABLE)
 
 
-def test_verdicts():
-    verdicts = TABLE.groupby("verdict").groups
-    assert sorted(verdicts["equal"]) == sorted(EQUAL)
-    assert sorted(verdicts["differ"]) == sorted(DIFFER)
+def test_outcomes():
+    outcomes = TABLE.groupby("outcome").groups
+    assert sorted(outcomes["equal"]) == sorted(EQUAL)
+    assert sorted(outcomes["differ"]) == sorted(DIFFER)
     assert TABLE["holm"][DIFFER].max() < 0.013
     # The default's best run is below Kaiming's worst: the smallest p there is
     for name in ("16 layers", "16 layers, Adam", "8 layers, slope 0.3", "8 layers, 32 channels"):

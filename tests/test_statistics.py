@@ -305,7 +305,7 @@ def planted():
 def test_compare_finds_what_was_planted():
     family = {name: network for name, (network, *_) in PLANTED.items()}
     table = compare(planted(), family)
-    assert table["verdict"].to_dict() == {"same": "equal", "apart": "differ", "open": "undecided"}
+    assert table["outcome"].to_dict() == {"same": "equal", "apart": "differ", "open": "undecided"}
     np.testing.assert_allclose(table["default"], [0.97, 0.5, 0.965])
     np.testing.assert_allclose(table["Kaiming"], [0.971, 0.97, 0.97])
     assert table["came"].tolist() == [8, 0, 6]
@@ -326,12 +326,12 @@ def test_a_sure_but_small_difference_is_called_equal():
     rows = record(*((arm, {"test_accuracy": end, "step_90": [200] * 8}) for arm, end in groups))
     row = compare(rows, {"small": NET}).loc["small"]
     assert row["holm"] == 2 / 12870
-    assert row["verdict"] == "equal"
+    assert row["outcome"] == "equal"
 
 
 def test_margin_and_confidence():
     family = {name: network for name, (network, *_) in PLANTED.items()}
-    assert compare(planted(), family, margin=0.03)["verdict"]["open"] == "equal"
+    assert compare(planted(), family, margin=0.03)["outcome"]["open"] == "equal"
     narrow, wide = (compare(planted(), family, confidence=c) for c in (0.5, 0.95))
     assert (narrow["from"] > wide["from"]).all()
     assert (narrow["to"] < wide["to"]).all()

@@ -258,7 +258,7 @@ def compare(
     difference of `margin` or more, raised; "ratio" of the steps to 90 %, default by Kaiming, the
     geometric mean over the seeds ("pairs") with which both came, its "slow from", "slow to"; "p
     time" of the ranks of the steps, raised, where runs that did not come share the last place;
-    "verdict": "equal" if "p equal" is below 1 - `confidence`, else "differ" if "holm" is, else
+    "outcome": "equal" if "p equal" is below 1 - `confidence`, else "differ" if "holm" is, else
     "undecided".
     """
     found = {}
@@ -285,7 +285,7 @@ def compare(
     for column in ("holm", "p equal", "p time"):
         table[column] = holm(table[column])
     differ = np.where(table["holm"] < 1 - confidence, "differ", "undecided")
-    return table.assign(verdict=np.where(table["p equal"] < 1 - confidence, "equal", differ))
+    return table.assign(outcome=np.where(table["p equal"] < 1 - confidence, "equal", differ))
 
 
 def multiplied(record: pd.DataFrame, depth: int, same_rate: bool = False) -> pd.DataFrame:
@@ -360,10 +360,10 @@ def expectations(record: pd.DataFrame) -> pd.DataFrame:
     repairs = {w: [n for n in FAMILY if w in n] for w in ("BatchNorm", "GroupNorm", "residual")}
     shallow, deep, adam = [*FAMILY][:2], [*FAMILY][2:4], [*FAMILY][4:8]
     for group, names in ({"2 and 4 layers, SGD": shallow} | repairs).items():
-        verdicts = table["verdict"][names].value_counts()
+        outcomes = table["outcome"][names].value_counts()
         apart = table["from"][names].gt(0.01) | table["to"][names].lt(-0.01)
-        kept = False if apart.any() else [*verdicts.index] == ["equal"] or None
-        found = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+        kept = False if apart.any() else [*outcomes.index] == ["equal"] or None
+        found = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
         said.append((f"{group}: equal within 0.01", kept, found))
     for group, names in ({"8 and 16 layers, SGD, Kaiming": deep, "Adam": adam} | repairs).items():
         came = table.loc[names, ["Kaiming came", "came"][: 1 if names == deep else 2]].to_numpy()
