@@ -23,7 +23,6 @@ from initlab.training.record import EPOCH, LOOKS, Run, read, runs_of, to_line
 from initlab.training.run import build, look, train
 from initlab.training.sweep import sweep
 
-FORKS = multiprocessing.get_context("spawn")
 SHORT = [
     Run(depth=2, width=8, steps=3, seed=4),
     Run(depth=4, width=8, steps=2, norm="batch", optimizer="adam", rate=1e-3),
@@ -62,7 +61,7 @@ def test_processes_and_dask_give_the_same_records(record, tmp_path):
     expected = sorted(lines(record[1]))
     sweep(SHORT, tmp_path / "two.csv", jobs=2)
     assert sorted(lines(tmp_path / "two.csv")) == expected
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     forked = dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
     with forked, LocalCluster(**options) as cluster:
         sweep(SHORT, tmp_path / "dask.csv", dask=cluster.scheduler_address)
