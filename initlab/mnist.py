@@ -14,8 +14,7 @@ from urllib.request import urlopen
 import torch
 from torch import Tensor
 
-PARTS = ("train", "t10k")
-NAMES = [f"{part}-{of}-ubyte.gz" for part in PARTS for of in ("images-idx3", "labels-idx1")]
+NAMES = [f"{a}-{b}-ubyte.gz" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
 SHA256 = {  # of the files unpacked, as they have been packed in several ways; the first digits
     "MNIST": "ba891046e6505d7a 65a50cbbf4e906d7 0fa7898d509279e4 ff7bcfd416de3373",
     "FashionMNIST": "c59f468a2f672dc8 bad3541b69d91243 5b4141f0afbad91e 0402a96d92fd2663",

@@ -4,10 +4,8 @@ import argparse
 import io
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"initlab sweep: {error}", file=sys.stderr)
         return 2
     while record is None or set(runs) != set(runs_of(record)):
-        print(f"{len(runs)} runs known, {_minutes(runs, record, args.jobs)}", file=sys.stderr)
+        print(f"{len(runs)} runs known", file=sys.stderr)
         record = sweep(runs, args.out, args.jobs, args.dask)
         runs = plan(record, args.slope, only)
     print(f"{args.out}: complete, {len(record)} runs")
@@ -137,17 +135,3 @@ def _setting(text: str) -> tuple[str, Any]:
     if field not in RUN:
         raise ValueError(f"no setting {field!r}; known are {', '.join(RUN)}")
     return field, parse(field, value)
-
-
-def _minutes(runs: Sequence[Run], record: pd.DataFrame | None, jobs: int) -> str:
-    """Say how long the runs that are left will take, by the speed of a short one."""
-    done = set() if record is None else set(runs_of(record))
-    left = [run for run in runs if run not in done]
-    if not left:  # a record of another plan, which sweep refuses
-        return "none to do"
-    trial = replace(left[0], steps=20)
-    train(replace(trial, steps=1))  # loads the data
-    start = time.perf_counter()
-    train(trial)
-    seconds = (time.perf_counter() - start) / _cost(trial) * sum(map(_cost, left)) / jobs
-    return f"{len(left)} to do: about {seconds / 60:.0f} minutes with {jobs} processes"
