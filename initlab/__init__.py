@@ -7,19 +7,17 @@ __version__ = "0.1.0"
 
 # By module, which is imported when one of its names is first asked for, and is called by none
 _MODULES = {
-    "initlab.diagnose.report": ["Trace", "trace"],
-    "initlab.diagnose.rows": ["LayerTrace", "Problem"],
-    "initlab.draws": ["draw"],
-    "initlab.init": ["fans", "gain", "initialize_"],
-    "initlab.mnist": ["Splits", "load_fashion", "load_mnist"],
-    "initlab.moments": [
-        *("Drawn", "DrawnMoments", "Each", "Predicted", "PredictedMoments", "Stats", "stats"),
-    ],
-    "initlab.prediction": ["predict"],
-    "initlab.training.fit": ["accuracy", "fit"],
-    "initlab.training.nets": ["conv_stack"],
+    "initlab.diagnose.report": "Trace trace",
+    "initlab.diagnose.rows": "LayerTrace Problem",
+    "initlab.draws": "draw",
+    "initlab.init": "fans gain initialize_",
+    "initlab.mnist": "Splits load_fashion load_mnist",
+    "initlab.moments": "Drawn DrawnMoments Each Predicted PredictedMoments Stats stats",
+    "initlab.prediction": "predict",
+    "initlab.training.fit": "accuracy fit",
+    "initlab.training.nets": "conv_stack",
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_HOMES)
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from initlab.init import Activation, Scheme, as_generator, layers_to_draw, redraw_, scale_rule
 from initlab.moments import Drawn
-from initlab.patches import count_positions, patches_of, windows_of
+from initlab.patches import patches_of, windows_of
 
 BLOCK = 2**20  # outputs computed at a time, and weights held at a time: 4 MB in float32
 
@@ -37,12 +37,12 @@ def draw(
     """
     if n < 1:
         raise ValueError(f"the number of draws n must be 1 or more, got {n}")
-    windows, conv = windows_of(x, layer, bias)
+    windows, positions, conv = windows_of(x, layer, bias)
     scale = scale_rule(scheme, a, "fan_in", gain)(conv.weight)
     layers_to_draw(conv, scheme)  # raises
     generator = as_generator(generator, conv.weight.device)
     filters, groups = conv.out_channels, conv.groups
-    count = count_positions(windows) * filters
+    count = positions * filters
     at_once = max(1, min(n, 128, BLOCK // max(filters, conv.weight.numel())))
     columns = max(1, BLOCK // (at_once * filters))
     # One buffer for all outputs: fresh memory for each costs as much time as computing them
@@ -62,15 +62,13 @@ def draw(
             sums = halves.new_zeros(4, k)
             for block in patches_of(windows):
                 # Nearly half of MNIST's 5x5 patches are one, black only: it is computed once
-                repeated = (block == block[:, :1]).all(0)
-                repeated[0] = False
-                if repeats := repeated.sum():
-                    block = block[:, ~repeated]
+                once = (block != block[:, :1]).any(0)
+                once[0] = True
                 # A row of ones takes the bias: adding it by itself costs a pass over the outputs
                 block = F.pad(block.unflatten(0, (groups, -1)), (0, 0, 0, 1), value=1.0)
-                if repeats:
-                    sums += repeats * _half_sums((weight @ block[..., :1]).unflatten(1, (k, -1)))
-                for p in block.split(columns, 2):
+                first = _half_sums((weight @ block[..., :1]).unflatten(1, (k, -1)))
+                sums += (~once).sum() * first
+                for p in block[..., once].split(columns, 2):
                     y = buffer[: k * filters * p.shape[2]].view(groups, -1, p.shape[2])
                     torch.bmm(weight, p, out=y)
                     sums += _half_sums(y.unflatten(1, (k, -1)))

@@ -27,16 +27,15 @@ class Stats(NamedTuple):
 def stats(x: Tensor) -> Stats:
     """Return the mean, std and rms over all elements of `x`, summed in float64 without a graph.
 
-    The std is the unbiased one of `torch.std`; of one element it is nan. Raises a TypeError if `x`
-    is no tensor of real floats, a ValueError if it is empty or not finite.
+    The std, of `torch.std`, is nan of one element. Raises a TypeError if `x` is no tensor of real
+    floats, a ValueError if it is empty or not finite.
 
     >>> stats(torch.tensor([3.0, 4.0, 5.0]))
     mean 4.0000, std 1.0000, rms 4.0825
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"stats needs a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"stats needs real floating-point values, got {x.dtype}; use x.float()")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"stats needs a tensor of real floats, as of x.float(), got {kind}")
     if x.numel() == 0:
         raise ValueError(f"stats of an empty tensor, shape {tuple(x.shape)}")
     x = x.detach().cpu().double()  # in this order: not every device has float64
@@ -128,10 +127,10 @@ class Predicted:
 
         Warns where the sd's may be off by more than 5 %: with one or two weights, or filters.
         """
-        to_mean, to_square = _slope_vectors(slope)
-        mean, square = (to_mean @ self.halves).item(), (to_square @ self.halves).item()
-        both = (to_mean @ self.covariance @ to_square).item()
-        m_var, q_var = (max((v @ self.covariance @ v).item(), 0.0) for v in (to_mean, to_square))
+        at = _at_slope(slope)
+        mean, square = (at @ self.halves).tolist()
+        (m_var, both), (_, q_var) = (at @ self.covariance @ at.T).tolist()
+        m_var, q_var = max(m_var, 0.0), max(q_var, 0.0)
         unbiased = self.count / max(self.count - 1, 1)
         variance = max(unbiased * (square - mean**2 - m_var), 0.0)
         root, rms_sd = _root(square, q_var, self.skew)
@@ -166,7 +165,7 @@ class Drawn:
 
     def each(self, slope: float | None = None) -> Each:
         """Return the single draws before an activation, or after a leaky ReLU of that slope."""
-        mean, square = (self.halves @ v for v in _slope_vectors(slope))
+        mean, square = _at_slope(slope) @ self.halves.T
         unbiased = self.count / max(self.count - 1, 1)
         return Each(mean, (unbiased * (square - mean**2).clamp_min(0)).sqrt(), square.sqrt())
 
@@ -195,10 +194,10 @@ def _root(mean: float, variance: float, skew: float) -> tuple[float, float]:
     return math.sqrt(mean) * root, math.sqrt(mean * max(1 - root**2, 0.0))
 
 
-def _slope_vectors(slope: float | None) -> tuple[Tensor, Tensor]:
-    """Return the vectors (4,) that turn half-moments into the mean and mean square at `slope`."""
+def _at_slope(slope: float | None) -> Tensor:
+    """Return the matrix (2, 4) that turns half-moments into mean and mean square at `slope`."""
     slope = 1.0 if slope is None else slope
     if not math.isfinite(slope):
         raise ValueError(f"the slope of the activation must be finite, got {slope}")
-    vectors = [[1.0, slope, 0.0, 0.0], [0.0, 0.0, 1.0, slope**2]]
-    return torch.tensor(vectors, dtype=torch.float64, device="cpu").unbind()
+    rows = [[1.0, slope, 0.0, 0.0], [0.0, 0.0, 1.0, slope**2]]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")

@@ -10,11 +10,11 @@ from torch.nn.parameter import is_lazy
 from initlab.init import check_known
 
 
-def windows_of(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tensor, nn.Conv2d]:
-    """Check the arguments; return the patches (N, channels, rows, columns, *kernel) and the layer.
+def windows_of(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tensor, int, nn.Conv2d]:
+    """Check the arguments; return the patches, how many they are, and the layer.
 
-    The patches are a view on the CPU, the layer is a Conv2d without values (of 1x1 pictures for a
-    Linear), and without a bias if `bias` is "zeros".
+    The patches (N, channels, rows, columns, *kernel) are a view on the CPU, the layer is a Conv2d
+    without values (of 1x1 pictures for a Linear), and without a bias if `bias` is "zeros".
     """
     check_known("bias", bias, ("default", "zeros"))
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
@@ -46,26 +46,21 @@ def windows_of(x: Tensor, layer: nn.Conv2d | nn.Linear, bias: str) -> tuple[Tens
     # Half precision cannot hold the sums
     x = x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32))
     x = x if dims == 4 else x[..., None, None]
-    if conv.padding == "same":  # the odd one of a sum stands at the end
-        sums = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        ends = [(total // 2, total - total // 2) for total in sums]
-    else:
-        ends = [(0, 0)] * 2 if conv.padding == "valid" else [(size,) * 2 for size in conv.padding]
-    x = F.pad(x, [*ends[1], *ends[0]])
-    size, axes = tuple(x.shape[2:]), zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
-    for axis, (k, stride, d) in enumerate(axes, 2):
-        if d * (k - 1) >= x.shape[axis]:
-            raise ValueError(f"the kernel {sizes[2]} is larger than the padded picture {size}")
-        x = x.unfold(axis, d * (k - 1) + 1, stride)[..., ::d]
-    return x, conv
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    sums = reach if conv.padding == "same" else [0, 0]
+    if isinstance(conv.padding, tuple):
+        sums = [2 * size for size in conv.padding]
+    # The odd one of a sum stands at the end
+    x = F.pad(x, [end for total in sums[::-1] for end in (total // 2, total - total // 2)])
+    if reach[0] >= x.shape[2] or reach[1] >= x.shape[3]:
+        size = tuple(x.shape[2:])
+        raise ValueError(f"the kernel {sizes[2]} is larger than the padded picture {size}")
+    for axis in (0, 1):
+        x = x.unfold(axis + 2, reach[axis] + 1, conv.stride[axis])[..., :: conv.dilation[axis]]
+    return x, x[:, 0, :, :, 0, 0].numel(), conv
 
 
 def patches_of(windows: Tensor) -> Iterator[Tensor]:
-    """Yield the patches, a column each, as blocks (channels * kernel, some) of about 16 MB."""
-    for part in windows.split(max(1, 2**22 // windows[0].numel())):
+    """Yield the patches, a column each, as blocks (channels * kernel, some) of about 8 MB."""
+    for part in windows.split(max(1, 2**21 // windows[0].numel())):
         yield part.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)
-
-
-def count_positions(windows: Tensor) -> int:
-    """Return the number of patches, over all pictures."""
-    return windows[:, 0, :, :, 0, 0].numel()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from initlab.init import Activation, Scheme, fans, scale_rule
 from initlab.moments import Predicted
-from initlab.patches import count_positions, patches_of, windows_of
+from initlab.patches import patches_of, windows_of
 
 PAIRS_FROM = 768  # patches from which the sums over pairs of patches are estimated
 KURTOSIS, SIXTH = -6 / 5, 48 / 7  # fourth and sixth cumulant of a uniform number of variance 1
@@ -52,36 +52,35 @@ def predict(
     >>> round(predict(x, nn.Conv2d(1, 32, 5), "kaiming_normal", a=1.0).at().rms, 2)
     1.01
     """
-    windows, conv = windows_of(x, layer, bias)
+    windows, positions, conv = windows_of(x, layer, bias)
     V = scale_rule(scheme, a, "fan_in", gain)(conv.weight) ** 2
     if scheme == "orthogonal":
         raise ValueError("no prediction for scheme 'orthogonal': its weights are not independent")
     U = 1 / (3 * fans(conv.weight)[0]) if conv.bias is not None else 0.0
     some = math.ceil(PAIRS_FROM / math.sqrt(conv.groups))  # as many pairs for any groups
     bounded = not scheme.endswith("normal")
-    parts = [_of_a_group(x, V, U, bounded, some) for x in windows.chunk(conv.groups, 1)]
+    parts = [_of_a_group(x, positions, V, U, bounded, some) for x in windows.chunk(conv.groups, 1)]
     expected, per_filter, others = (torch.stack(v).mean(0) for v in zip(*parts, strict=True))
     power, square, cube, cumulant = others.tolist()
     to_halves = expected.new_tensor(TO_HALVES) / 2
     return Predicted(
         to_halves @ expected,
         to_halves @ (per_filter / conv.out_channels) @ to_halves.T,
-        count=count_positions(windows) * conv.out_channels,
+        count=positions * conv.out_channels,
         skew=power * cube / square**2 if square else 1.0,
         parts=KURTOSIS * power / cumulant if cumulant else math.inf,
     )
 
 
 def _of_a_group(
-    windows: Tensor, V: float, U: float, bounded: bool, some: int
+    windows: Tensor, positions: int, V: float, U: float, bounded: bool, some: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return E of y, |y|, y^2, y|y|, the covariance (4, 4) of their means over one filter, others.
 
     With weights and bias of variance 1, y = w . P of the patch P = (sqrt(V) p, sqrt(U)). Others:
     the traces of M, M^2, M^3, M the mean of P P^T; of y the mean fourth cumulant over its variance.
     """
-    positions, n = count_positions(windows), windows[0, :, 0, 0].numel()
-    uniform = torch.tensor([bounded] * n + [True], device="cpu")
+    uniform = torch.tensor([bounded] * windows[0, :, 0, 0].numel() + [True], device="cpu")
 
     def scaled(p: Tensor) -> Tensor:
         return F.pad(math.sqrt(V) * p.double(), (0, 0, 0, 1), value=math.sqrt(U))

@@ -87,15 +87,10 @@ def table(rows: Mapping[str, Any], formats: Mapping[str, str] | None = None) -> 
 
 def _formats(frame: pd.DataFrame) -> list[Callable[[float], str] | None]:
     """Return the format of each column; None for what holds no floats."""
-    chosen = frame.attrs.get("formats", {})
-
-    def of(name: str, column: pd.Series) -> Callable[[float], str] | None:
-        if name in chosen:
-            return f"{{:{chosen[name]}}}".format
-        if not pd.api.types.is_float_dtype(column):
-            return None
+    formats = {}
+    for name, column in frame.select_dtypes("floating").items():
         sizes = column[column != 0].abs()
         small = (sizes < 1e-3).any() and not (column < 0).any()
-        return "{:#.3g}".format if small or (sizes > 1e4).any() else "{:z.4f}".format
-
-    return [of(name, column) for name, column in frame.items()]
+        formats[name] = "#.3g" if small or (sizes > 1e4).any() else "z.4f"
+    formats |= frame.attrs.get("formats", {})
+    return [f"{{:{formats[name]}}}".format if name in formats else None for name in frame]

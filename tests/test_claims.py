@@ -230,8 +230,8 @@ def test_the_variance():
     assert eight.loc["uniform, default", counts].tolist() == [8, 1, 8, 7, 0]
     assert sixteen.loc["uniform, default", counts].tolist() == [8, 0, 8, 8, 0]
     # At one rate none is lost either
-    assert multiplied(RECORD, 8, same_rate=True).loc["all", counts].tolist() == [48, 4, 44, 40, 0]
-    assert multiplied(RECORD, 16, same_rate=True).loc["all", counts].tolist() == [32, 0, 20, 20, 0]
+    assert multiplied(RECORD, 8, same_rate=True).loc["all", counts].tolist() == [56, 6, 52, 46, 0]
+    assert multiplied(RECORD, 16, same_rate=True).loc["all", counts].tolist() == [40, 0, 27, 27, 0]
 
 
 def test_each_cause_at_8_layers():

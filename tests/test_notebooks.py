@@ -52,8 +52,7 @@ OTHER_VALUES = """
 02 seed=77; slopes=(0.3,); n_draws=320
 01 seed=1; n_draws=3
 01 seed=77; n_draws=320
-"""
-OTHER_VALUES = re.split(r"\n(?=\d)", OTHER_VALUES.strip())
+""".strip().splitlines()
 
 # Added to the cell of the sliders, which are set in code: picture and numbers follow
 SET_SLIDERS = """
@@ -162,18 +161,16 @@ def test_another_figure_is_noticed():
     assert figure_difference(figure, other) > FIGURE_TOLERANCE
 
 
-def shown(path):
-    """Return the numbers that code cells hold or put out."""
-    texts = [cell.source for cell in code(path)]
-    for output in outputs(path):
-        data = output.get("data", {})
-        texts += [output.get("text", ""), data.get("text/plain", ""), data.get("text/html", "")]
-    return [float(number) for text in texts for number in numbers(text)]
+def put_out(path):
+    """Return the texts that a page puts out."""
+    return [o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in outputs(path)]
 
 
 @pytest.mark.parametrize("path", [*sorted(NOTEBOOKS), README], ids=lambda path: path.stem)
 def test_numbers_of_the_text_are_shown_on_the_page_or_for_the_readme_on_one_of_them(path):
-    found = [x for page in ([path] if path in NOTEBOOKS else NOTEBOOKS) for x in shown(page)]
+    pages = [path] if path in NOTEBOOKS else NOTEBOOKS
+    shown = [t for page in pages for t in (*(cell.source for cell in code(page)), *put_out(page))]
+    found = [float(number) for t in shown for number in numbers(t)]
     text = re.sub(r"```.*?```", "", prose(path), flags=re.DOTALL)
     # One decimal says little: some number of the page is always near
     claims = [number for number in numbers(text) if re.search(r"\.\d\d", number)]
@@ -247,17 +244,15 @@ def test_holds_for_other_values(case, monkeypatch):
     (path,) = (path for path in NOTEBOOKS if path.name.startswith(case[:2]))
     monkeypatch.chdir(path.parent)
     # In this process, as a kernel's imports would take as long again as the run
-    names, put_out = {"__name__": "__main__"}, []
+    names, texts = {"__name__": "__main__"}, []
     with plt.rc_context(), torch.random.fork_rng():
         for cell in code(path):
             if "stored" not in tags(cell):  # whose claims are about the stored values
                 source = cell.source + f"\n{case[3:]}" * ("parameters" in tags(cell))
                 sliders = "nbval-skip" in tags(cell)
-                put_out.append(run(source + SET_SLIDERS * sliders, names) * (not sliders))
+                texts.append(run(source + SET_SLIDERS * sliders, names) * (not sliders))
                 # Figures are drawn, but their pictures, a fifth of the time, nobody compares
                 names["show"] = lambda figure, alt: plt.close(figure)
     names.clear()  # which functions of the page hold, and so its tensors
-    texts = [o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in outputs(path)]
-    stored = "".join(texts)
     # With the stored values all of it is
-    assert any(text not in stored for text in put_out)
+    assert any(text not in "".join(put_out(path)) for text in texts)

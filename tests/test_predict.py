@@ -216,15 +216,6 @@ def test_a_sample_of_the_patches_stands_for_all(monkeypatch):
     assert torch.isclose(sampled, of_all, rtol=1e-9).tolist() == [False, False, False, True]
 
 
-def test_a_sample_counts_each_patch_with_itself_as_often_as_all_do(monkeypatch):
-    # Orthogonal patches: only with itself does a patch covary, in 1 of 1,600 pairs
-    x, layer = torch.eye(1600), nn.Linear(1600, 1, bias=False)
-    sampled = predict(x, layer, "kaiming_normal").covariance
-    monkeypatch.setattr(module, "PAIRS_FROM", 1600)
-    of_all = predict(x, layer, "kaiming_normal").covariance
-    torch.testing.assert_close(sampled, of_all, rtol=1e-10, atol=1e-16)
-
-
 def test_values_of_the_layer_do_not_matter():
     x, layer = correlated((2, 1, 6, 6)), nn.Conv2d(1, 3, 3)
     before = predict(x, layer, "default").covariance
@@ -316,19 +307,6 @@ def test_mean_size_of_a_sum_of_uniform_numbers(n, off):
     ones = torch.ones(1, dtype=torch.float64)
     told = module._mean_abs(n / 3 * ones, -6 / 5 * n / 9 * ones, ones)
     assert told.item() == close(expected, off + 1e-5)
-
-
-@pytest.mark.parametrize("slope", [0.0, 0.5])
-@pytest.mark.parametrize("scheme", ["default", "kaiming_normal"])
-def test_sds_on_white_noise(scheme, slope):
-    # Inputs that are not alike leave most to the fourth moment of the weights, whose mean square
-    # varies by 2 - 6/5 of its size instead of 2
-    n, x, layer = 3000, torch.randn(500, 25, generator=generator()), nn.Linear(25, 64, bias=False)
-    drawn = draw(x, layer, scheme, n=n, generator=generator(1)).at(slope)
-    told = predict(x, layer, scheme).at(slope)
-    for name in ("mean_sd", "std_sd", "rms_sd"):
-        ratio = getattr(told, name) / getattr(drawn, name)
-        assert abs(ratio - 1) < 5 / math.sqrt(2 * n) + 0.03, name
 
 
 def test_padding_that_was_changed_in_place():
@@ -452,7 +430,7 @@ def test_what_is_in_doubt_is_said_and_covers_nothing(x, layer, slope):
 
 @pytest.mark.filterwarnings("error")
 def test_usual_layers_are_not_in_doubt():
-    x = load_mnist().x_valid[:20]
+    x = load_mnist().x_valid[:10]
     for layer in (nn.Conv2d(1, 8, 5), nn.Conv2d(1, 32, 3, 2), nn.Conv2d(1, 8, 3, dilation=2)):
         for slope in (None, 0.0, 0.3, 2.5):
             assert not predict(x, layer, "default").at(slope).doubt
@@ -477,16 +455,18 @@ def test_record_of_draws():
     assert all(row["number"].endswith("_sd") for row in record if row["allowed"] == "nan")
 
 
-@pytest.mark.parametrize(
-    "case", ["fan_in 5", "one picture", "black pictures, normal", "one bright row", "grouped"]
-)
+SOME = ["fan_in 5", "one picture", "black pictures, normal", "one bright row", "grouped", "noise"]
+
+
+@pytest.mark.parametrize("case", SOME)
 def test_record_is_that_of_today(case):
     again = list(prove_predict.rows(case, draws=1000))
-    assert prove_predict.bad(again) == []
     for row, kept in zip(again, (r for r in read_record() if r["case"] == case), strict=True):
         assert (str(row["slope"]), row["number"]) == (kept["slope"], kept["number"])
-        told, then = float(row["predicted"]), float(kept["predicted"])
-        assert told == pytest.approx(then, rel=1e-4, abs=1e-9)
+        told, drawn = float(row["predicted"]), float(row["drawn"])
+        assert told == pytest.approx(float(kept["predicted"]), rel=1e-4, abs=1e-9)
+        if kept["allowed"] != "nan":
+            assert abs(told - drawn) <= float(kept["allowed"]) + 4 * float(row["error"])
 
 
 # Errors -----------------------------------------------------------------------------------------
@@ -574,10 +554,10 @@ def mib(key):
 x, layer = torch.rand(1, 1, 28, 28), nn.Conv2d(1, 8, 5)  # 18 KiB of outputs a draw
 draw(x, layer, "default", n=100)
 few = mib("VmHWM")
-draw(x, layer, "default", n=10_000)
+draw(x, layer, "default", n=5000)  # 88 MiB of outputs
 print(mib("VmHWM") - few)
 
-x, layer = torch.rand(10_000, 1, 28, 28), nn.Conv2d(1, 8, 7, stride=2)  # 452 MiB of patches
+x, layer = torch.rand(5000, 1, 28, 28), nn.Conv2d(1, 8, 7, stride=2)  # 226 MiB of patches
 before = mib("VmRSS")
 predict(x, layer, "default")
 print(mib("VmHWM") - before)
@@ -597,8 +577,8 @@ def test_memory():
     command = [sys.executable, "-c", MEMORY]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     drawing, predicting = map(float, done.stdout.split())
-    assert drawing < 50  # MiB
-    assert predicting < 500  # about 250, most of it for the pairs of patches
+    assert drawing < 40  # MiB
+    assert predicting < 400  # about 250, most of it for the pairs of patches
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -627,7 +607,8 @@ def test_pairs_do_not_grow_with_the_groups(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [800, 1000])  # the golden ratio picks some patches twice here
-def test_no_patch_is_sampled_twice(n, monkeypatch):
+def test_a_patch_is_sampled_once_and_counts_with_itself_as_often_as_all_do(n, monkeypatch):
+    # Orthogonal patches: only with itself does a patch covary, in 1 of n pairs
     x, layer = torch.eye(n), nn.Linear(n, 1, bias=False)
     sampled = predict(x, layer, "kaiming_normal").covariance
     monkeypatch.setattr(module, "PAIRS_FROM", n)

@@ -62,7 +62,7 @@ def test_processes_and_dask_give_the_same_records(record, tmp_path):
     expected = sorted(lines(record[1]))
     sweep(SHORT, tmp_path / "two.csv", jobs=2)
     assert sorted(lines(tmp_path / "two.csv")) == expected
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     forked = dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
     with forked, LocalCluster(**options) as cluster:
         sweep(SHORT, tmp_path / "dask.csv", dask=cluster.scheduler_address)

@@ -165,7 +165,9 @@ def plan(
         >>> len(runs), runs[0].stage, runs[0].rate
         (36, 'tune', 0.01)
     """
-    done = {} if record is None else accuracies(record)
+    done: dict[Run, float] = {}
+    if record is not None:
+        done = dict(zip(runs_of(record), record["valid_accuracy"], strict=True))
     arms = [
         [
             _arm(arm, done, second=number >= FIRST)
@@ -183,11 +185,6 @@ def plan(
         runs += [run for run in known if turn or run in done]
         turn = turn and all(run in done for run in known)
     return runs
-
-
-def accuracies(record: pd.DataFrame) -> dict[Run, float]:
-    """Return the validation accuracy of each run of a record."""
-    return dict(zip(runs_of(record), record["valid_accuracy"], strict=True))
 
 
 def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], list[Run]]:

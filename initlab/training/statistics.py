@@ -254,12 +254,12 @@ def compare(
     The intervals suppose that one init shifts what the other gives; the p-values suppose nothing.
     The columns: "rate" and "Kaiming rate", each the best; "default" and "Kaiming", mean test
     accuracies, "from", "to" of their difference, Kaiming minus default, its exact "p", and that
-    raised, "holm"; "came" and "Kaiming came", runs that came to 90 %, and "fisher"; "p equal" of a
-    difference of `margin` or more, raised; "ratio" of the steps to 90 %, default by Kaiming, the
-    geometric mean over the seeds ("pairs") with which both came, its "slow from", "slow to"; "p
-    time" of the ranks of the steps, raised, where runs that did not come share the last place;
-    "outcome": "equal" if "p equal" is below 1 - `confidence`, else "differ" if "holm" is, else
-    "undecided".
+    raised, "holm"; "came" and "Kaiming came", runs that came to 90 %, and Fisher's p of these;
+    "p equal" of a difference of `margin` or more, raised; "ratio" of the steps to 90 %, default by
+    Kaiming, the geometric mean over the seeds ("pairs") with which both came, its "slow from",
+    "slow to"; "p time" of the ranks of the steps, raised, where runs that did not come share the
+    last place; "outcome": "equal" if "p equal" is below 1 - `confidence`, else "differ" if "holm"
+    is, else "undecided".
     """
     found = {}
     for name, network in family.items():
@@ -293,26 +293,24 @@ def multiplied(record: pd.DataFrame, depth: int, same_rate: bool = False) -> pd.
 
     A seed draws the same weights with n Var(w) = 1/3 and 2, up to that factor, the same biases and
     the same order of pictures. Paired are the final runs, each arm's at its own rate, or, if
-    `same_rate`, tuning and final runs at one rate. A row a shape and bias: how many "pairs", how
-    many came to 90 % with "1/3", with "2", only with 2 ("gained"), only with 1/3 ("lost"), and
-    McNemar's exact "p". That of "all" is of each seed's gains less losses: the rows share seeds.
+    `same_rate`, all runs of three epochs at one rate. A row a shape and bias, and "all": how many
+    "pairs", how many came to 90 % with "1/3", with "2", only with 2 ("gained"), only with 1/3
+    ("lost"), and the exact "p" of each seed's gains less losses, McNemar's if it has one pair.
     """
-    arms, counts, changes = causes(_final(depth=depth)), {}, []
-    on, stages = (["rate", "seed"], ("tune", "final")) if same_rate else (["seed"], ("final",))
+    on, stage = (["rate", "seed"], "any") if same_rate else (["seed"], "final")
+    rows = record.assign(stage=stage) if same_rate else record
+    arms, pairs = causes(Run(stage=stage, depth=depth)), {}
     for name in [*arms][:4]:
-        third, two = (
-            pd.concat([select(record, replace(arms[n], stage=stage)) for stage in stages])
-            for n in (name, name.replace("1/3", "2"))
-        )
-        came = third.merge(two, on=on)[["step_90_x", "step_90_y"]].notna()
-        came.index = third.merge(two, on=on)["seed"]
-        change = came["step_90_y"].astype(int) - came["step_90_x"]
-        gained, lost = (change > 0).sum(), (change < 0).sum()
-        counts[name[5:]] = [len(came), *came.sum(), gained, lost, paired(change).p()]
-        changes.append(change)
+        both = (select(rows, arms[n]).set_index(on) for n in (name, name.replace("1/3", "2")))
+        came = [arm["step_90"].notna().astype(int) for arm in both]
+        pairs[name[5:]] = pd.concat(came, axis=1, join="inner", keys=["1/3", "2"])
+    counts = {}
+    for name, came in (pairs | {"all": pd.concat(pairs.values())}).items():
+        change = came["2"] - came["1/3"]
+        moved = (change > 0).sum(), (change < 0).sum()
+        p = paired(change.groupby("seed").sum()).p()
+        counts[name] = [len(came), *came.sum(), *moved, p]
     columns = ["pairs", "1/3", "2", "gained", "lost", "p"]
-    counts["all"] = [*np.sum([*counts.values()], 0)[:-1].astype(int)]
-    counts["all"] += [paired(pd.concat(changes).groupby("seed").sum()).p()]
     return pd.DataFrame.from_dict(counts, orient="index", columns=columns)
 
 
@@ -324,13 +322,8 @@ def signal_and_time(record: pd.DataFrame, line: float = 1e-3) -> pd.DataFrame:
     been seen. Where "rho" is below 0, less signal comes later; p as in `rank_correlation`.
     """
     plain = [*list(FAMILY.values())[:4], *list(FAMILY.values())[-2:]]
-    arms = [
-        *plain,
-        *map(kaiming, plain),
-        *causes(_final(depth=8)).values(),
-        *causes(_final(depth=16)).values(),
-    ]
-    runs = [select(record, arm) for arm in dict.fromkeys(arms)]
+    more = [arm for depth in (8, 16) for arm in causes(_final(depth=depth)).values()]
+    runs = [select(record, arm) for arm in dict.fromkeys([*plain, *map(kaiming, plain), *more])]
     x, y = np.stack([rows["signal"] for rows in runs]), np.stack([*map(steps, runs)])
     middle, late, found = np.median(x, 1), np.median(y, 1), {}
     low = middle < line
@@ -356,44 +349,37 @@ def expectations(record: pd.DataFrame) -> pd.DataFrame:
 
     "Trains" means that all runs come to 90 %. "undecided" is what the tests leave open.
     """
-    table, said = compare(record), []
+    table, said = compare(record), {}
     repairs = {w: [n for n in FAMILY if w in n] for w in ("BatchNorm", "GroupNorm", "residual")}
     shallow, deep, adam = [*FAMILY][:2], [*FAMILY][2:4], [*FAMILY][4:8]
     for group, names in ({"2 and 4 layers, SGD": shallow} | repairs).items():
-        outcomes = table["outcome"][names].value_counts()
-        apart = table["from"][names].gt(0.01) | table["to"][names].lt(-0.01)
-        kept = False if apart.any() else [*outcomes.index] == ["equal"] or None
-        found = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-        said.append((f"{group}: equal within 0.01", kept, found))
+        rows = table.loc[names]
+        apart = (rows["from"] > 0.01) | (rows["to"] < -0.01)
+        equal = (rows["outcome"] == "equal").all() or None
+        said[f"{group}: equal within 0.01"] = equal if not apart.any() else False
     for group, names in ({"8 and 16 layers, SGD, Kaiming": deep, "Adam": adam} | repairs).items():
-        came = table.loc[names, ["Kaiming came", "came"][: 1 if names == deep else 2]].to_numpy()
-        said.append((f"{group}: trains", came.min() == 8, f"{came.sum()} of {8 * came.size} runs"))
-    ratio = (table["rate"] / table["Kaiming rate"])[shallow]
-    found = ", ".join(ratio.map("{:.2g} times Kaiming's".format))
-    said.append(("2 and 4 layers, SGD: the default's best rate is larger", ratio.min() > 1, found))
-    one, other = select(record, FAMILY["8 layers"]), select(record, kaiming(FAMILY["8 layers"]))
-    first, usual = steps(one).min(), np.median(steps(other))
-    found = f"the first at step {first:.0f}, Kaiming's median {usual:.0f}"
-    said.append(
-        ("8 layers, SGD: the default 300 steps late, or never", first >= 300 + usual, found)
-    )
-    chance = (select(record, FAMILY["16 layers"])["test_accuracy"] < CHANCE).sum()
-    said.append(("16 layers, SGD: the default at chance", chance == 8, f"{chance} of 8 runs"))
-    found = "steps, default by Kaiming: " + ", ".join(table["ratio"][adam].map("{:.2f}".format))
-    said.append(("Adam: the default is later", table["ratio"][adam].min() > 1, found))
+        came = table.loc[names, ["Kaiming came", "came"][: 1 if names == deep else 2]]
+        said[f"{group}: trains"] = (came == 8).all(axis=None)
+    larger = (table["rate"] > table["Kaiming rate"])[shallow].all()
+    said["2 and 4 layers, SGD: the default's best rate is larger"] = larger
+    eight = FAMILY["8 layers"]
+    first, usual = (steps(select(record, arm)) for arm in (eight, kaiming(eight)))
+    late = first.min() >= 300 + np.median(usual)
+    said["8 layers, SGD: the default 300 steps late, or never"] = late
+    lost = select(record, FAMILY["16 layers"])["test_accuracy"] < CHANCE
+    said["16 layers, SGD: the default at chance"] = lost.all()
+    said["Adam: the default is later"] = table["ratio"][adam].min() > 1
     for depth in (8, 16):
-        arms = {
-            tuple(name.split(", ")): arm for name, arm in [*causes(_final(depth=depth)).items()][:8]
-        }
-        came = {name: steps(select(record, arm)) < math.inf for name, arm in arms.items()}
-        p = [
+        arms = [*causes(_final(depth=depth)).items()][:8]
+        came = {name: steps(select(record, arm)) < math.inf for name, arm in arms}
+        variance, *others = (
             paired(sum(((b in name) - (a in name)) * runs for name, runs in came.items())).p()
             for a, b in (("1/3", "2"), ("uniform", "normal"), ("default", "zeros"))
-        ]
+        )
         what = f"{depth} layers, SGD: the variance counts, not shape nor bias"
-        said.append((what, p[0] < 0.05 <= min(p[1:]), "p = {:.3f}, {:.2f}, {:.2f}".format(*p)))
+        said[what] = variance < 0.05 <= min(others)
     for how, (_, rho, p) in signal_and_time(record).iterrows():
-        kept = rho < 0 if p < 0.05 else None
-        said.append((f"SGD, {how}: less signal, later", kept, f"rho {rho:+.2f}, p {p:.4f}"))
-    words = ["undecided" if kept is None else "kept" if kept else "failed" for _, kept, _ in said]
-    return pd.DataFrame(said, columns=["expected", "outcome", "found"]).assign(outcome=words)
+        said[f"SGD, {how}: less signal, later"] = rho < 0 if p < 0.05 else None
+    words = {True: "kept", False: "failed", None: "undecided"}
+    outcomes = [words[kept] for kept in said.values()]
+    return pd.DataFrame({"expected": [*said], "outcome": outcomes})

@@ -3,6 +3,9 @@
 Each case is drawn 20,000 times, and looked at without an activation and after four leaky ReLUs. A
 row of the record is one number of one of these. `bad` tells the rows that are not as they should
 be: the script exits with 1 if there is one. Names of cases in its arguments try these alone.
+
+The limits of the warning were chosen with these cases at hand, but for the `FRESH` ones, which
+were written down, and then drawn once, when the limits stood.
 """
 
 import csv
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from initlab import draw, load_mnist, predict
+from initlab import draw, initialize_, load_mnist, predict
 
 RECORD = Path(__file__).resolve().parents[2] / "data" / "predict" / "draws.csv"
 DRAWS = 20_000
@@ -61,6 +64,12 @@ def _likes(*shape: int) -> Tensor:
     return x + 0.8 * x.roll(1, -1) + torch.linspace(-0.5, 1, shape[1]).view(-1, 1, 1)
 
 
+def _second_layer() -> Tensor:
+    """Return what a first layer, drawn by Kaiming's rule, makes of pictures, with a ReLU."""
+    first = initialize_(nn.Conv2d(1, 8, 5, stride=2), "kaiming_normal", bias="zeros", generator=4)
+    return first(_pictures(20)).relu().detach()
+
+
 NORMAL, UNIFORM = {"scheme": "kaiming_normal"}, {"scheme": "kaiming_uniform"}
 BARE = {"bias": "zeros"}
 CONV = partial(nn.Conv2d, 1, 32, 5)
@@ -75,7 +84,7 @@ CASES = {
         _pictures, lambda: nn.Conv2d(1, 1, 5), {"scheme": "default"}, 0.02
     ),
     "MNIST, four filters, normal": Case(_pictures, lambda: nn.Conv2d(1, 4, 5), NORMAL, 0.02),
-    "one picture": Case(lambda: _pictures(1), CONV, UNIFORM),
+    "one picture": Case(lambda: _pictures(1), CONV, UNIFORM, 0.02),
     "four pictures, one filter": Case(lambda: _pictures(4), lambda: nn.Conv2d(1, 1, 5), NORMAL),
     "black pictures, normal": Case(lambda: torch.zeros(2, 1, 9, 9), CONV, NORMAL),
     "dark pictures, normal": Case(lambda: 0.1 * _pictures(20), CONV, NORMAL),
@@ -111,13 +120,36 @@ CASES = {
         {"scheme": "xavier_uniform"},
         0.02,
     ),
-    "strided": Case(lambda: _pictures(50), lambda: nn.Conv2d(1, 16, 3, 2, 1), UNIFORM),
-    "dilated": Case(lambda: _pictures(20), lambda: nn.Conv2d(1, 16, 3, dilation=3), UNIFORM),
+    "strided": Case(lambda: _pictures(50), lambda: nn.Conv2d(1, 16, 3, 2, 1), UNIFORM, 0.02),
+    "dilated": Case(lambda: _pictures(20), lambda: nn.Conv2d(1, 16, 3, dilation=3), UNIFORM, 0.02),
     "grouped": Case(lambda: _likes(9, 4, 12, 12), lambda: nn.Conv2d(4, 8, 3, groups=2), UNIFORM),
     "depthwise": Case(
         lambda: _likes(9, 6, 12, 12), lambda: nn.Conv2d(6, 6, 3, groups=6), {"scheme": "default"}
     ),
 }
+
+
+# Written when the limits of the warning stood: nothing of `predict` was changed by what they gave
+FRESH = {
+    "fresh: other pictures, 3x3": Case(
+        lambda: load_mnist().x_test[:40], lambda: nn.Conv2d(1, 8, 3), {"scheme": "default"}, 0.02
+    ),
+    "fresh: a second layer": Case(
+        _second_layer, lambda: nn.Conv2d(8, 16, 3, padding=1), {"scheme": "default"}
+    ),
+    "fresh: few of many words": Case(
+        lambda: (_noise(400, 100, seed=5) > 1.6).float(),
+        lambda: nn.Linear(100, 4),
+        {"scheme": "xavier_normal"} | BARE,
+    ),
+    "fresh: rows on a plane": Case(
+        lambda: _noise(300, 2, seed=6) @ _noise(2, 30, seed=7), lambda: nn.Linear(30, 12), UNIFORM
+    ),
+    "fresh: two filters of 7x7": Case(
+        lambda: _pictures(12), lambda: nn.Conv2d(1, 2, 7, stride=3), UNIFORM, 0.02
+    ),
+}
+CASES |= FRESH
 
 
 def rows(name: str, draws: int = DRAWS) -> Iterator[dict[str, Any]]:
@@ -128,29 +160,25 @@ def rows(name: str, draws: int = DRAWS) -> Iterator[dict[str, Any]]:
         predict(x, layer, **case.options),
         draw(x, layer, n=draws, generator=0, **case.options),
     )
-    # E|y| of uniform weights holds the leading term alone
-    share = next(s for n, s in ((25, 0.003), (5, 0.01), (0, 0.03)) if layer.weight[0].numel() >= n)
-    share = 0.0 if case.options["scheme"].endswith("normal") else share
     for slope in SLOPES:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             predicted = told.at(slope)
         found, each = drawn.at(slope), drawn.each(slope)
-        off = share * abs(found.mean)
-        std_off = off * abs(found.mean) / (found.std or 1.0) + 0.005 * found.std * bool(warned)
-        systematic = {"mean": off, "std": std_off, "rms": 0.0}
         for number, values in each._asdict().items():
             # The root of a mean square strays by half as much as that, over itself
             root = getattr(found, number)
             values_ = values if number == "mean" else values.square()
             error = values_.std().item() / math.sqrt(draws)
             error = error if number == "mean" or not root else error / (2 * root)
-            allowed = 4 * error + systematic[number] + 1e-7
+            # A std holds the square of a mean, whose sd is in doubt where it is warned of
+            more = 0.005 * root * (bool(warned) and number == "std")
+            allowed = 4 * error + more + 1e-7
             yield _row(name, slope, number, predicted, found, error, allowed, warned)
             sd = getattr(found, number + "_sd")
             z = (values - values.mean()) / (sd or 1.0)
             error = sd * math.sqrt(max((z**4).mean().item() - 1, 0) / draws) / 2
-            allowed = math.nan if warned else case.sds * sd + 3 * error + 1e-7
+            allowed = math.nan if warned else case.sds * sd + error * (case.sds < 0.05) + 1e-7
             yield _row(name, slope, number + "_sd", predicted, found, error, allowed, warned)
 
 
