@@ -46,7 +46,7 @@ def run(capsys, tmp_path):
 def test_status_and_first_line(run):
     status, out, err = run("plain")
     assert (status, err) == (0, "")
-    assert out.startswith("no problems found; 100% of the weights seen\n")
+    assert out.startswith("no problems found; 100% of the weights seen and judged\n")
     assert "Judged on noise of shape (8, 7)" in out
     status, out, err = run("dead", "--all")
     assert (status, err, out.splitlines()[1]) == (1, "", "0: dead")
