@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,9 @@ class Trace(list[LayerTrace]):
         if not sizes:
             return "it has no weights" if "sizes" in self.info else ""
 
-        def share(names: set[str], of: Iterable[str], what: str) -> str:
-            left = sorted((n for n in of if n not in names), key=lambda n: -sizes[n])
+        def share(names: set[str], of: Container[str], what: str) -> str:
+            left = [n for n in sizes if n in of and n not in names]
+            left.sort(key=lambda n: -sizes[n])
             part = sum(sizes[n] for n in sizes if n in names) / sum(sizes.values())
             return f"{part:.1%} {what}, not {some(left)}" if left else f"100% {what}"
 
