@@ -126,9 +126,9 @@ class LayerTrace:
 
     @property
     def given(self) -> float:
-        """The same of what it was given, before a number that multiplies it."""
+        """The same of what it was given, before a number below 1 that multiplies it."""
         size = self.in_rms if math.isnan(self.in_signal) else self.in_signal
-        return size / (abs(self.scalar) or 1.0)
+        return size / (min(abs(self.scalar), 1.0) or 1.0)
 
     @property
     def fix(self) -> str:

@@ -47,13 +47,7 @@ class Graph:
         spoiled: Rows that are not judged, since they show a problem that was found before them.
         children: Of each row, those that it feeds.
         main: Of each row, the parent with the largest signal; None at a start.
-        start: Of each row, the logarithm of the signal where its path began, at a norm or input.
-        level: Of each row, the logarithm of the factor by which the signal has changed since, but
-            for what falls where no weight stands, as by pooling.
-        walk: Variance of that number in sound nets: after n features of ReLUs the mean square M
-            has, given the layer before, a relative variance of at most 5/n (notebook 6), so log
-            rms makes a random walk with steps of variance 5/(4n).
-        active: How many activations the path has passed.
+        ends: The rows that the loss, or the output, is made of.
     """
 
     rows: Rows
@@ -61,35 +55,20 @@ class Graph:
     spoiled: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        n = len(self.rows)
-        self.children: list[list[int]] = [[] for _ in range(n)]
+        self.children: list[list[int]] = [[] for _ in self.rows]
         self.main: list[int | None] = []
-        self.level, self.start, self.walk, self.active = [0.0] * n, [0.0] * n, [0.0] * n, [0] * n
         for i, e in enumerate(self.rows):
             for p in e.parents:
                 self.children[p].append(i)
             main = max(e.parents, key=lambda p: self.rows[p].size, default=None)
-            if main is not None and e.in_rms > STREAM * self.rows[main].rms * len(e.parents) ** 0.5:
-                main = None  # what it is given comes from elsewhere: the input, or parameters
+            if main is not None:
+                before = self.rows[main]
+                # What it is given comes from elsewhere: the input, or parameters
+                elsewhere = e.in_rms > STREAM * before.rms * len(e.parents) ** 0.5
+                main = None if elsewhere or not before.size else main
             self.main.append(main)
-            given, begins = e.given, e.role in ("norm", "mixer")
-            if main is not None and not begins and self.rows[main].size:
-                before = self.rows[main].size
-                self.start[i], self.level[i] = self.start[main], self.level[main]
-                self.walk[i], self.active[i] = self.walk[main], self.active[main]
-                if given > 0:  # what falls where no weight stands is not its fault
-                    self.level[i] += max(0.0, log(given) - log(before))
-                else:
-                    given = before
-            else:
-                self.start[i] = log(e.rms if begins or not given > 0 else e.in_rms)
-            if not begins and given > 0:
-                self.level[i] += log(e.size) - log(given)
-            self.walk[i] += 5 / (4 * e.features) if e.role == "layer" else 0
-            self.active[i] += e.role == "activation"
-        self.ends = [i for i in self.info.get("ends", ()) if i < n] or [
-            i for i in range(n) if not self.children[i]
-        ]
+        ends = [i for i in self.info.get("ends", ()) if i < len(self.rows)]
+        self.ends = ends or [i for i, after in enumerate(self.children) if not after]
 
     def live(self) -> Iterator[tuple[int, LayerTrace]]:
         """Yield the rows that are not spoiled, while more of them are."""
@@ -170,6 +149,30 @@ class Graph:
         path = self.path(i)
         begin = [k for k, j in enumerate(path) if self.rows[j].role in ("norm", "mixer")]
         return path[begin[-1] + 1 :] if begin else path
+
+    def level(self, rows: Sequence[int]) -> float:
+        """Return the log of the factor by which the signal changes along a path.
+
+        But for what falls where no weight stands, as by pooling: that is not a layer's fault.
+        """
+        level = 0.0
+        for i in rows:
+            e, main = self.rows[i], self.main[i]
+            before = math.nan if main is None else self.rows[main].size
+            given = e.given if e.given > 0 else before
+            if given > 0:
+                level += log(e.size) - log(given)
+                level += max(0.0, log(given) - log(before)) if before > 0 else 0.0
+        return level
+
+    def walk(self, rows: Sequence[int]) -> float:
+        """Return the variance of that number in sound nets.
+
+        After n features of ReLUs the mean square M has, given the layer before, a relative variance
+        of at most 5/n (notebook 6), so log rms makes a random walk of steps of variance 5/(4n).
+        """
+        layers = (e for e in (self.rows[i] for i in rows) if e.role == "layer")
+        return sum(5 / (4 * e.features) for e in layers)
 
     def factor(self, i: int) -> float:
         """Return the log of the factor of a layer, with the activations that follow it."""
@@ -365,12 +368,15 @@ def _forward(g: Graph) -> Iterator[Problem]:
     for i in scaled:
         if i in g.spoiled:
             continue
-        end, segment = g.end(i), g.segment(i)
-        on = [j for j in segment if j in scaled]
-        level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
-        loss = relu_loss(g.active[end], 1.0)
-        grown = min(log(g.rows[end].rms) - g.start[end], level + loss)
-        normed = g.main[segment[0]] is not None  # at its start
+        end, segment = g.end(i), g.segment(g.end(i))
+        on = [j for j in segment if j in scaled and j <= i]
+        level, limit = g.level(segment), SLACK + SDS * math.sqrt(g.walk(segment))
+        loss = relu_loss(sum(g.rows[j].role == "activation" for j in segment), 1.0)
+        begin, first = g.main[segment[0]], g.rows[segment[0]]
+        normed = begin is not None
+        start = g.rows[begin].rms if normed else first.in_rms
+        grown = log(g.rows[end].rms) - log(start if start > 0 else first.rms)
+        grown = min(grown, level + loss)
         branch = i in g.aside and normed and len(on) < 5
         level = grown if grown > limit else 0.0 if branch else level
         custom = LEAP + CUSTOM * (min(len(on), 3) - 1) if normed else 0.0
@@ -387,7 +393,7 @@ def _forward(g: Graph) -> Iterator[Problem]:
             )
             if len(culprits) == 1:
                 kind, value = "scale", factor
-            reason += g.idle(segment + g.path(end)[len(g.path(i)) :])
+            reason += g.idle(segment)
             lines = "\n".join(filter(None, (g.rows[j].fix for _, j in culprits[:2])))
             g.spoiled.add(row)
             for c in g.children[end]:  # the others are judged
@@ -456,7 +462,7 @@ def _output(g: Graph) -> Iterator[Problem]:
     loss, classes = g.info.get("guess") or (0.0, 1)
     for i in ends:
         e = g.rows[i]
-        limit = math.log(LOUD) + SDS * math.sqrt(g.walk[i])
+        limit = math.log(LOUD) + SDS * math.sqrt(g.walk(g.segment(i)))
         if e.role == "layer" and (log(e.rms) > limit or loss > math.log(classes) + LOUD):
             reason = f"Its output has an rms of {e.rms:.3g}; we allow {math.exp(limit):.3g}."
             if classes > 1:

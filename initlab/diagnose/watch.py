@@ -622,10 +622,8 @@ def _joined(op: str, args: tuple, data: list[tuple[Tensor, Data]]) -> Data:
         form = "product"
     if len(data) == 1 and op in COPIES:
         scalar = data[0][1].scalar
-    elif len(data) == 1 and op in ("mul", "div"):
-        by = args[1] if isinstance(args[0], Tensor) and args[0].dim() else args[0]
-        by = by if isinstance(by, int | float) else 1.0
-        scalar = data[0][1].scalar * (by if op == "mul" else 1 / (by or 1.0))
+    elif len(data) == 1 and op in ("mul", "div") and isinstance(args[1], int | float):
+        scalar = data[0][1].scalar * (args[1] if op == "mul" else 1 / (args[1] or 1.0))
     return Data(origins, None, form, scalar)
 
 
