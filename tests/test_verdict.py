@@ -270,6 +270,9 @@ def test_a_fault_behind_another_problem_is_found_past_a_norm():
         block.v.weight.data.add_(1)
     mean, _ = judge(net, tok()).problems()
     assert mean.reason.endswith("The same holds for blocks.1.v, blocks.2.v and 1 more.")
+    nn.init.zeros_(net.blocks[3].a.weight)
+    told = [(p.layer, p.kind) for p in judge(net, tok()).problems()]
+    assert told[1:] == [("blocks.2.a", "scale"), ("blocks.3.a", "constant")]
 
 
 def cross_entropy(net, classes=10):

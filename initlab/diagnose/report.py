@@ -81,12 +81,10 @@ class Trace(list[LayerTrace]):
             if abs(e.mean) < ROUNDING * e.rms:  # another processor would print another number
                 e = dataclasses.replace(e, mean=0.0)
             table.append([e.name, e.kind, str(e.shape)] + [number(getattr(e, n)) for n in numbers])
-        columns = []
-        for k, column in enumerate(zip(*table, strict=True)):
-            width = max(map(len, column))
-            # 9 characters hold any number (-1.23e-05), so that tables of different models line up.
-            columns.append([c.ljust(width) if k < 3 else c.rjust(max(width, 9)) for c in column])
-        header, *lines = map("  ".join, zip(*columns, strict=True))
+        # 9 characters hold any number (-1.23e-05), so that tables of different models line up.
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        forms = [f"{{:{w}}}" if k < 3 else f"{{:>{max(w, 9)}}}" for k, w in enumerate(widths)]
+        header, *lines = ("  ".join(forms).format(*cells) for cells in table)
         # Shown are both ends and the rows next to a problem; long runs of others are folded.
         named = {p.layer for p in problems}
         shown = {i + k for i, e in enumerate(self) if e.name in named for k in (-1, 0, 1)}

@@ -194,10 +194,6 @@ class Graph:
         """Say it if BatchNorms that do nothing stand among these rows."""
         return IDLE if any(self.rows[i].idle for i in rows) else ""
 
-    def alike(self) -> bool:
-        """Whether all inputs are the same."""
-        return all(e.in_signal == 0 for e in self.rows if not e.parents)
-
 
 def diagnose(rows: Rows, info: dict[str, Any] | None = None) -> list[Problem]:
     """Return the problems that traced rows show, in the order of the layers.
@@ -219,11 +215,13 @@ def judge(rows: Rows, info: dict[str, Any] | None = None) -> tuple[list[Problem]
     problems.sort(key=lambda p: order[p.layer])
     shown = [e for _, e in g.live() if (e.size > 0 or e.given > 0) and not e.learned]
     shown += [rows[order[p.layer]] for p in problems]
-    scales = [i for i, p in enumerate(problems) if p.kind in ("scale", "shrinks", "grows")]
-    after = problems[scales[0] + 1 :] if scales else []  # units die of it, too
-    kinds = defaultdict(list)
+    scales = {order[p.layer] for p in problems if p.kind in ("scale", "shrinks", "grows")}
+    blown, kinds = Graph(rows), defaultdict(list)
+    for i in scales:
+        blown.spoil(i)
     for p in problems:
-        if p not in after or p.kind not in ("dead", "constant"):
+        died = order[p.layer] in blown.spoiled - scales  # units die of a scale, too
+        if not died or p.kind not in ("dead", "constant"):
             kinds[p.kind].append(p)
     for kind, alike in kinds.items():  # what one rule drew is said once, a scale may be a slip
         most = 3 if kind == "scale" else 1
@@ -239,10 +237,9 @@ def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
     """Return what is no fault of the init, but good to know."""
     info = info or {}
     said = []
-    same = rows and Graph(rows).alike()
     if info.get("n") == 1:
         said.append("With one input there is no signal: only sizes were judged.")
-    elif same:
+    elif rows and _same(rows):
         said.append("All inputs are the same: there is no signal, only sizes were judged.")
     elif silent := [y for y in info.get("outputs", ()) if _still(y["signal"], y["rms"])]:
         loss, classes = info.get("guess") or (0.0, 0)
@@ -362,7 +359,7 @@ def _input(g: Graph) -> Iterator[Problem]:
 
 def _forward(g: Graph) -> Iterator[Problem]:
     """Find signals that shrink or grow, and layers out of scale."""
-    if g.alike():
+    if _same(g.rows):
         return
     scaled = g.scaled()
     for i in scaled:
@@ -407,11 +404,11 @@ def _leaps(g: Graph) -> Iterator[Problem]:
     alike, scaled = defaultdict(list), g.scaled()
     middle = statistics.median(map(g.factor, scaled)) if len(scaled) > 2 else 0.0
     for i in scaled:
-        alike[like(g.rows[i])].append(g.factor(i))
+        alike[_shape(g.rows[i])].append(g.factor(i))
     for i in scaled:
         if i in g.spoiled:
             continue
-        change, same = g.factor(i), alike[like(g.rows[i])]
+        change, same = g.factor(i), alike[_shape(g.rows[i])]
         usual, limit, what = middle, LEAP, "the median layer"
         if len(same) > 3:
             usual, what = statistics.median(same), f"the median of {len(same)} layers like it"
@@ -427,7 +424,7 @@ def _output(g: Graph) -> Iterator[Problem]:
     """Find outputs that are alike, too large, or without the signal that the last layer has."""
     ends = [i for i in g.ends if g.rows[i].rms > 0]
     path = g.path(max(ends, default=None))
-    if not path or g.alike():
+    if not path or _same(g.rows):
         return
     outputs, last = g.info.get("outputs", ()), g.rows[path[-1]]
     if not _rounded(last) and outputs and all(_still(y["signal"], y["rms"]) for y in outputs):
@@ -444,7 +441,7 @@ def _output(g: Graph) -> Iterator[Problem]:
         if _positions(a) > _positions(b) and a.signal > 0 and b.in_signal > 0:
             fall = log(a.signal) - log(a.rms) - log(b.in_signal) + log(b.in_rms)
             pooled += max(0.0, fall)
-    share = share_of(g)
+    share = _share(g)
     active = sum(g.rows[i].role == "activation" for i in path[:-1])
     floor = math.exp(log(share) - relu_loss(active, share) - pooled - SLACK)
     small = any(g.rows[p].op == "mul" for j in path for p in g.rows[j].parents)  # on purpose
@@ -588,12 +585,17 @@ def relu_loss(layers: int, share: float) -> float:
     return log(share) - log(1 - cosine) / 2
 
 
-def like(e: LayerTrace) -> tuple:
+def _same(rows: Rows) -> bool:
+    """Whether all inputs are the same."""
+    return all(e.in_signal == 0 for e in rows if not e.parents)
+
+
+def _shape(e: LayerTrace) -> tuple:
     """Return what layers have in common whose weights are drawn on one scale."""
     return e.op, tuple((w.numel, w.fan_in) for w in e.weights)
 
 
-def share_of(g: Graph) -> float:
+def _share(g: Graph) -> float:
     """Return signal / rms of the input; 1 if that is not known, as of tokens."""
     first = next((e for e in g.rows if not e.parents and e.in_rms > 0), None)
     share = first.in_signal / first.in_rms if first else 1.0
