@@ -234,6 +234,14 @@ def test_advice_can_be_pasted():
     assert judge(net, x).problems() == []
 
 
+def test_advice_for_a_tied_weight_says_that_it_is():
+    torch.manual_seed(0)
+    fixes = {e.name: e.fix for e in traced(FAULT["tied"][0]())}
+    assert fixes["head"].startswith("nn.init.normal_(net.e.weight, std=0.0625)  # std 0.0625, is 1")
+    assert fixes["head"].endswith("; tied")
+    assert [name for name, fix in fixes.items() if "tied" in fix] == ["head"]
+
+
 def test_a_limit_just_passed_is_called_so():
     fall = [math.exp(-0.33 * i) for i in range(1, 21)]
     (problem,) = diagnose(chain(fall))

@@ -141,7 +141,8 @@ class LayerTrace:
         usual = name.endswith(".weight") and w.numel == w.fan_in * self.features
         if math.isclose(self.asked_std**2 * w.fan_in, 2) and usual and "Trans" not in self.kind:
             call = f'nn.init.kaiming_normal_({name}, nonlinearity="relu")'
-        return f"{call}  # std {self.asked_std:.3g}, is {w.std:.3g}"
+        own = self.name == self.kind or w.names[0].startswith(self.name.partition("#")[0])
+        return f"{call}  # std {self.asked_std:.3g}, is {w.std:.3g}{'' if own else '; tied'}"
 
 
 Rows = Sequence[LayerTrace]
