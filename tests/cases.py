@@ -715,3 +715,17 @@ def zero_norm_without_a_shortcut():
 @fault(("2",))
 def softmax_over_one_value():
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1), nn.Softmax(1)), R(8, 16)
+
+
+@sound
+def one_dead_feature_beside_others():
+    n = nn.ModuleDict({"a": nn.Linear(16, 1), "b": nn.Linear(16, 16), "c": nn.Linear(16, 4)})
+    n["a"].bias.data.fill_(-10)
+    return Fn(lambda s, x: s.n["c"](s.n["b"](x).relu() + s.n["a"](x).relu()), n=n), R(8, 16)
+
+
+@fault(("0",))
+def few_features_all_dead():
+    n = nn.Sequential(nn.Linear(16, 3), nn.ReLU(), nn.Linear(3, 2))
+    n[0].bias.data.fill_(-10)
+    return n, R(8, 16)

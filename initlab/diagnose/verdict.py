@@ -33,6 +33,7 @@ NORM_GROWTH = math.log(math.pi / (math.pi - 1)) / 2
 STREAM = 10  # how much larger a sum is than a summand that may be small on purpose
 INPUT = 30  # how far from 1 the rms of the input may be
 LOUD = 10  # the rms of the output, or its loss above a guess's: it is all but certain, of one class
+FEW = 8  # features that may all be dead by luck, where others go past them
 FORGOTTEN = 1e-12  # what is left, after all steps, of a gradient to the first one
 IDLE = " BatchNorm in eval mode does nothing before training; in train mode it takes this out."
 
@@ -114,6 +115,13 @@ class Graph:
         """Whether row i meets something larger wherever it goes, or nothing comes after it."""
         end = self.end(i, through=True)
         return all(self.meets(c, end) for c in self.children[end])
+
+    def alone(self, i: int) -> bool:
+        """Whether layers after row i are given nothing else, and nothing goes past it."""
+        after = [(c, self.rows[c]) for c in self.children[i]]
+        if not all(len(e.parents) == 1 or not e.size > 0 for _, e in after):
+            return False
+        return any(e.role in ("layer", "mixer") or self.alone(c) for c, e in after)
 
     @cached_property
     def aside(self) -> set[int]:
@@ -290,9 +298,10 @@ def _dead(g: Graph) -> Iterator[Problem]:
     """
     for i, e in g.live():
         fed = [g.rows[p] for p in e.parents]
-        if not e.dead or (len(fed) == 1 and fed[0].rms == 0):
+        dead = round((e.dead or 0) * e.features)
+        luck = dead == e.features < FEW and g.children[i] and not g.alone(i)
+        if not dead or luck or (len(fed) == 1 and fed[0].rms == 0):
             continue
-        dead = round(e.dead * e.features)
         if dead == e.features or dead - e.above > 5 * math.sqrt(dead + e.above):
             source = e.parents[0] if len(e.parents) == 1 else i
             if dead == e.features:
@@ -310,17 +319,9 @@ def _constant(g: Graph) -> Iterator[Problem]:
     It is a problem if all that comes after lives on it alone. At the end of a residual branch, and
     in the last layer, zeros are a known way to start.
     """
-
-    def alone(i: int) -> bool:
-        """Whether a layer is given nothing else, and nothing goes past it."""
-        after = [(c, g.rows[c]) for c in g.children[i]]
-        if not all(len(e.parents) == 1 or not e.size > 0 for _, e in after):
-            return False
-        return any(e.role in ("layer", "mixer") or alone(c) for c, e in after)
-
     for i, e in g.live():
         same = e.in_signal > 0 and e.signal == 0 if e.rms else e.in_rms != 0
-        if e.role != "activation" and same and alone(i):
+        if e.role != "activation" and same and g.alone(i):
             g.spoil(i, lasting=True)
             reason = f"Its output is the same for all inputs, of rms {e.rms:.3g}."
             yield Problem(e.name, "constant", e.rms, reason, e.fix)

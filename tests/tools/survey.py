@@ -92,13 +92,27 @@ def verdict(model: nn.Module, x: Any, seed: int) -> dict[str, Any]:
         problems = rows.problems()
         print(*problems, sep="\n", flush=True)
     except Exception as error:  # whatever it is, it goes on record
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        return {"error": f"{own_error(model, x)}{type(error).__name__}: {error}"[:300]}
     return {
         "seconds": f"{time.process_time() - start:.2f}",
         "rows": len(rows),
         "seen": rows.seen().partition(" ")[0],
-        "problems": "; ".join(f"{p.layer}: {p.kind}" for p in problems),
+        "problems": "; ".join(map(told, problems)),
     }
+
+
+def told(problem: initlab.Problem) -> str:
+    idle = " (idle BatchNorm)" if "BatchNorm in eval mode" in problem.reason else ""
+    return f"{problem.layer}: {problem.kind}{idle}"
+
+
+def own_error(model: nn.Module, x: Any) -> str:
+    """Return "no run: " if the network by itself cannot run, or not back."""
+    try:
+        random_direction(call(model, x)).backward()
+    except RuntimeError:
+        return "no run: "
+    return ""
 
 
 def sound(net: Network, mode: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -472,7 +486,8 @@ def yes(rows: list[dict[str, str]], *columns: str) -> list[int]:
 
 def summary() -> None:
     """Print the tables of the README."""
-    true = {(r["network"], r["mode"], r["kind"]) for r in read("judged") if r["verdict"] == "true"}
+    right = [r for r in read("judged") if r["verdict"] == "true"]
+    true = {(r["network"], mode, r["kind"]) for r in right for mode in r["mode"].split()}
     sound, faults, peers = map(read, RUNS)
 
     def of_mode(mode: str) -> list[Any]:
@@ -482,10 +497,14 @@ def summary() -> None:
             for r in rows
             if r["problems"]
         ]
-        false = sum(not kinds <= true for kinds in told)
-        crashes, nets = sum(bool(r["error"]) for r in rows), len({r["network"] for r in rows})
-        share = f"{false} ({false / max(len(rows), 1):.1%})"
-        return [mode, nets, len(rows), crashes, len(told), share]
+        left = [{k for k in kinds if "(idle" not in k[2]} for kinds in told]
+        idle, false = sum(not kinds for kinds in left), sum(not kinds <= true for kinds in left)
+        failed = [r["error"] for r in rows if not r["error"].startswith("no run")]
+        nets, share = (
+            len({r["network"] for r in rows}),
+            f"{false} ({false / max(len(rows), 1):.1%})",
+        )
+        return [mode, nets, len(rows), sum(map(bool, failed)), len(told), idle, share]
 
     def of_fault(column: str, value: str) -> list[Any]:
         some = [r for r in faults if r["fault"] and value in ("all", r[column])]
@@ -500,7 +519,7 @@ def summary() -> None:
         found = [*yes(whole, "found"), *yes(faulty, "found", "named")]
         return [tool, *found, crashes, f"{seconds:.1f}"]
 
-    head = "mode, networks, runs, crashes, with a verdict, false or not judged"
+    head = "mode, networks, runs, crashes, with a verdict, idle BatchNorm, false or not judged"
     table(head, map(of_mode, ("train", "eval")))
     for column in ("fault", "weight"):
         values = [*sorted({r[column] for r in faults if r["fault"]}), "all"]
