@@ -626,3 +626,106 @@ def vgg19_worse():
         if isinstance(m, nn.Conv2d):
             m.weight.data.mul_(0.7)
     return n, R(2, 3, 64, 64)
+
+
+class PostNorm(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.a, self.b = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        self.n = nn.LayerNorm(d)
+
+    def forward(self, x):
+        return self.n(x + self.b(self.a(x).relu()))
+
+
+@sound
+def small_embedding_before_norms():
+    n = nn.Sequential(nn.Embedding(50, 32), PostNorm(32), PostNorm(32), nn.Linear(32, 50))
+    nn.init.normal_(n[0].weight, std=0.02)
+    return n, tok()
+
+
+@fault(("0",))
+def small_embedding_without_norms():
+    n = nn.Sequential(nn.Embedding(50, 64), *kaiming(dense(2, 64)))
+    nn.init.normal_(n[0].weight, std=0.02)
+    return n, tok()
+
+
+class Scaled(LM):
+    def forward(self, t):
+        return self.head(self.n(self.blocks(self.e(t) + self.p)) * self.n.weight.numel() ** -0.5)
+
+
+@sound
+def tied_and_scaled():
+    n = Scaled(d=256, V=500, L=2)
+    n.head.weight = n.e.weight
+    return n, tok(500)
+
+
+@fault(("head",))
+def scaled_and_100_times_that():
+    n = Scaled(d=256, V=500, L=2)
+    nn.init.normal_(n.head.weight, std=100)
+    return n, tok(500)
+
+
+class Gated(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm = nn.RMSNorm(d)
+        self.gate, self.up, self.down = (
+            nn.Linear(d, 2 * d),
+            nn.Linear(d, 2 * d),
+            nn.Linear(2 * d, d),
+        )
+        for m in (self.gate, self.up, self.down):
+            nn.init.normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def gated():
+    return nn.Sequential(nn.Linear(24, 128), *(Gated(128) for _ in range(4)), nn.Linear(128, 9))
+
+
+@sound
+def gated_002():
+    return gated(), R(8, 16, 24)
+
+
+@fault(("3.up",))
+def gated_up():
+    n = gated()
+    n[3].up.weight.data.mul_(0.01)
+    return n, R(8, 16, 24)
+
+
+@fault(("1",))
+def zero_norm_without_a_shortcut():
+    n = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.Linear(16, 4))
+    nn.init.zeros_(n[1].weight)
+    return n, R(8, 16)
+
+
+@fault(("2",))
+def softmax_over_one_value():
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1), nn.Softmax(1)), R(8, 16)
+
+
+@sound
+def one_dead_feature_beside_others():
+    n = nn.ModuleDict({"a": nn.Linear(16, 1), "b": nn.Linear(16, 16), "c": nn.Linear(16, 4)})
+    n["a"].bias.data.fill_(-10)
+    return Fn(lambda s, x: s.n["c"](s.n["b"](x).relu() + s.n["a"](x).relu()), n=n), R(8, 16)
+
+
+@fault(("0",))
+def few_features_all_dead():
+    n = nn.Sequential(nn.Linear(16, 3), nn.ReLU(), nn.Linear(3, 2))
+    n[0].bias.data.fill_(-10)
+    return n, R(8, 16)

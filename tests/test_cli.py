@@ -46,11 +46,13 @@ def run(capsys, tmp_path):
 def test_status_and_first_line(run):
     status, out, err = run("plain")
     assert (status, err) == (0, "")
-    assert out.startswith("no problems found; 100% of the weights seen\n")
+    assert out.startswith("no problems found; 100% of the weights seen and judged\n")
     assert "Judged on noise of shape (8, 7)" in out
     status, out, err = run("dead", "--all")
     assert (status, err, out.splitlines()[1]) == (1, "", "0: dead")
     assert run("plain", "width=5")[1].count("(8, 5)") == 1
+    (noise,) = json.loads(run("plain", "--json")[1])["remarks"]
+    assert noise.startswith("Judged on noise of shape (8, 7)")
     assert run("module")[0] == 0
     assert run("tokens")[0] == 0
     assert run("Two", "--shape", "3", "--shape", "3")[0] == 0
@@ -64,6 +66,8 @@ def test_json_data_and_picture(run, tmp_path):
     assert (status, err) == (1, "")
     assert found["problems"][0]["layer"] == "0"
     assert found["rows"][0]["shape"] == [6, 9]
+    assert found["rows"][0]["asked_std"] == pytest.approx((2 / 7) ** 0.5)
+    assert found["remarks"] == ["An output is the same for all inputs, of rms 0.181: no signal."]
     assert png.read_bytes()[:4] == b"\x89PNG"
     torch.save(torch.randn(4, 7), tmp_path / "x.pt")
     assert run("plain", "--data", str(tmp_path / "x.pt"))[0] == 0

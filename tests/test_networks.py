@@ -1,13 +1,12 @@
 """Ten networks of timm and transformers as their authors draw them, and each with a fault."""
 
 import pytest
+import timm
 import torch
+import transformers
 from tools.calibrate import random_direction
 
 from initlab import trace
-
-timm = pytest.importorskip("timm")
-transformers = pytest.importorskip("transformers")
 
 PICTURES = {  # name: side of the pictures, a weight that its next feels
     "resnet18": (64, None),

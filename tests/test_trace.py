@@ -595,7 +595,7 @@ def test_every_weight_that_multiplies_data_has_a_row_and_its_parents():
     assert [e.parents for e in rows] == parents
     assert [e.weights[0].fan_in for e in rows if e.weights] == [8, 1, 8, 8, 24, 8, 8]
     assert rows[-1].weights[0].names == ("d", "a")
-    assert rows.seen() == "98.8% of the weights seen, not token"
+    assert rows.seen() == "98.8% of the weights seen and judged, not token"
     assert all(e.grad_rms is not None for e in rows)
 
 

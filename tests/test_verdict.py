@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import FAULT, SOUND
+from cases import FAULT, LM, SOUND, tok
 from tools.calibrate import (
     FAULTS,
     dense,
@@ -18,6 +18,7 @@ from tools.calibrate import (
     stacks,
 )
 from torch import nn
+from torch.nn import functional as F
 
 from initlab import trace
 from initlab.diagnose.report import Trace
@@ -233,6 +234,14 @@ def test_advice_can_be_pasted():
     assert judge(net, x).problems() == []
 
 
+def test_advice_for_a_tied_weight_says_that_it_is():
+    torch.manual_seed(0)
+    fixes = {e.name: e.fix for e in traced(FAULT["tied"][0]())}
+    assert fixes["head"].startswith("nn.init.normal_(net.e.weight, std=0.0625)  # std 0.0625, is 1")
+    assert fixes["head"].endswith("; tied")
+    assert [name for name, fix in fixes.items() if "tied" in fix] == ["head"]
+
+
 def test_a_limit_just_passed_is_called_so():
     fall = [math.exp(-0.33 * i) for i in range(1, 21)]
     (problem,) = diagnose(chain(fall))
@@ -253,3 +262,102 @@ def test_remarks_are_no_problems():
     assert "one input" in judge(net, torch.randn(1, 8)).remarks()[0]
     nn.init.normal_(net[1].weight)
     assert "trained" in judge(net, torch.randn(8, 8)).remarks()[0]
+
+
+def test_a_fault_behind_another_problem_is_found_past_a_norm():
+    torch.manual_seed(0)
+    net = LM()
+    net.blocks[0].v.weight.data.add_(1)
+    net.blocks[2].a.weight.data.mul_(100)
+    problems = judge(net, tok()).problems()
+    assert [(p.layer, p.kind) for p in problems] == [
+        ("blocks.0.v", "mean"),
+        ("blocks.2.a", "scale"),
+    ]
+    for block in net.blocks:
+        block.v.weight.data.add_(1)
+    mean, _ = judge(net, tok()).problems()
+    assert mean.reason.endswith("The same holds for blocks.1.v, blocks.2.v and 1 more.")
+    nn.init.zeros_(net.blocks[3].a.weight)
+    told = [(p.layer, p.kind) for p in judge(net, tok()).problems()]
+    assert told[1:] == [("blocks.2.a", "scale"), ("blocks.3.a", "constant")]
+
+
+def cross_entropy(net, classes=10):
+    x, target = torch.randn(32, 64), torch.arange(32) % classes
+    return trace(net, x, target, F.cross_entropy)
+
+
+def test_the_first_loss_is_held_against_that_of_a_guess():
+    torch.manual_seed(0)
+    net = kaiming(dense(3, 64))
+    assert (cross_entropy(net).problems(), cross_entropy(net).remarks()) == ([], [])
+    nn.init.normal_(net[-1].weight, std=3)
+    (problem,) = cross_entropy(net).problems()
+    assert (problem.layer, problem.kind) == ("6", "loud output")
+    net[-1].weight.data.mul_(0.1)
+    net[-1].bias.data[0] = 25  # all say the first class
+    (problem,) = cross_entropy(net).problems()
+    assert (problem.layer, problem.kind) == ("6", "loud output")
+    assert "where a guess has ln 10 = 2.3" in problem.reason
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    rows = cross_entropy(net)
+    assert rows.problems() == []
+    expected = "An output is the same for all inputs, of rms 0: no signal. "
+    assert rows.remarks() == [expected + "The loss, 2.303, is that of a guess, ln 10."]
+
+
+def test_an_output_without_the_signal_of_its_layer_is_silent():
+    torch.manual_seed(0)
+    (problem,) = traced(FAULT["softmax_over_one_value"][0]()).problems()
+    assert problem.kind == "silent output"
+
+
+def batch_normed(depth, factor):
+    layers = [m for _ in range(depth) for m in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())]
+    net = kaiming(nn.Sequential(*layers, nn.Linear(64, 10)))
+    for layer in net[:-1:3]:
+        layer.weight.data.mul_(factor)
+    return net
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.4, 1])
+def test_an_idle_norm_is_named_as_the_cause(factor):
+    torch.manual_seed(0)
+    net, x = batch_normed(20, factor), torch.randn(32, 64)
+    if factor == 1:  # the gradient alone
+        net = nn.Sequential(*(m for k, m in enumerate(net) if k % 3 != 2))
+        for layer in net[:-1:2]:
+            nn.init.orthogonal_(layer.weight)
+        net[20].register_full_backward_hook(lambda _m, grads, _outputs: (grads[0] * 1e-5,))
+    assert factor == 1 or judge(net, x).problems() == []
+    (problem,) = judge(net.eval(), x).problems()
+    kind = {0.7: "shrinks", 1.4: "grows", 1: "gradient vanishes"}[factor]
+    assert problem.kind == kind
+    assert "BatchNorm in eval mode does nothing before training" in problem.reason
+
+
+def test_the_first_line_says_what_was_judged():
+    torch.manual_seed(0)
+    net = kaiming(dense(7, 64))
+    net[6].weight.data.mul_(100)
+    first = str(judge(net, torch.randn(32, 64))).splitlines()[0]
+    found = "1 problem found; 100% of the weights seen; "
+    assert first == found + "55.9% judged, not 8.weight, 10.weight and 2 more"
+    first = str(judge(nn.ReLU(), torch.randn(3, 4))).splitlines()[0]
+    assert first == "no problems found; it has no weights"
+    first = str(judge(kaiming(dense(1, 8)), torch.ones(3, 8))).splitlines()[:2]
+    assert "; 0.0% judged, not 2.weight, 0.weight" in first[0]
+    assert first[1] == "All inputs are the same: there is no signal, only sizes were judged."
+
+
+def test_each_row_knows_the_std_drawn_and_asked():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.ConvTranspose1d(1, 3, 4, 2), nn.GELU())
+    net.insert(2, nn.Unflatten(1, (1, 40)))
+    rows = judge(net, torch.randn(8, 50)).to_frame()
+    assert rows.loc["0", "weight_std"] == pytest.approx(1 / 150**0.5, rel=0.05)
+    assert rows.loc["0", "asked_std"] == pytest.approx((2 / 50) ** 0.5)
+    assert rows.loc["3", "asked_std"] == pytest.approx(1.5335 / 2**0.5)  # 2 of 4 at a time
+    assert math.isnan(rows.loc["1", "asked_std"])

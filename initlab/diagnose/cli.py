@@ -3,12 +3,13 @@
 import argparse
 import ast
 import dataclasses
-import importlib.util
 import json
 import math
+import runpy
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from initlab.diagnose.report import Trace, plot_trace, trace
 from initlab.diagnose.watch import first_float
 
 SIDES = 32, 64, 96, 128, 224, 256, 299  # of pictures that are tried, the smallest first
+FIRST = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.RNNBase
+FORMS = "torchvision:NAME, timm:NAME, module:factory or file.py:factory"
 
 
 class RefusedError(Exception):
@@ -37,24 +40,23 @@ def add_command(commands: Any) -> None:
         "problems, 2 it did not run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.set_defaults(func=main)
     add = parser.add_argument
-    add("model", help="torchvision:NAME, timm:NAME, module:factory or file.py:factory; the factory "
-        "is called, a module object is taken as it is")  # fmt: skip
+    add("model", help=f"{FORMS}; the factory is called, a module object is taken as it is")
     add("arguments", nargs="*", default=[], metavar="key=value", help="for the factory")
     add("--shape", action="append", metavar="3,224,224",
         help="of one input; again for each further one; by default what the model says of itself, "
         "or the smallest that it takes")  # fmt: skip
     add("--ints", type=int, metavar="VOCAB", help="inputs are integers below this, as tokens")
-    add("--data", metavar="FILE", help="your own batch (.npy or .pt) in place of noise")
+    add("--data", type=Path, metavar="FILE", help="your own batch (.npy or .pt), not noise")
     add("--batch", type=int, default=8, help="number of inputs")
     add("--eval", action="store_true", help="in eval mode")
     add("--seed", type=int, default=0, help="of the weights and of the noise")
     add("--device", default="cpu", help="where the model runs")
     add("--all", action="store_true", help="print all rows")
     add("--json", action="store_true", help="print JSON")
-    add("--save", metavar="PNG", help="draw the trace into this file")
+    add("--save", type=Path, metavar="PNG", help="draw the trace into this file")
     add("--traceback", action="store_true", help="show where an error comes from")
-    parser.set_defaults(func=main)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -64,24 +66,22 @@ def main(args: argparse.Namespace) -> int:
     except Exception as error:  # whatever a foreign factory or model raises
         if args.traceback:
             traceback.print_exc()
-        text = str(error) if isinstance(error, RefusedError) else f"{type(error).__name__}: {error}"
-        print(f"initlab trace: {' '.join(text.split())}", file=sys.stderr)
+        kind = "" if isinstance(error, RefusedError) else f"{type(error).__name__}: "
+        print("initlab trace:", *f"{kind}{error}".split(), file=sys.stderr)
         return 2
-    problems = rows.problems()
+    noise = f"Judged on noise of shape {_shapes(x)}; --data FILE takes your own batch."
+    remarks = [] if args.data else [noise]
     if args.json:
-        print(json.dumps(_plain(rows), indent=1))
+        print(json.dumps(_plain(rows, remarks), indent=1))
     else:
-        print(rows.text(fold=not args.all))
-        if args.data is None:
-            shapes = " and ".join(str(tuple(t.shape)) for t in x)
-            print(f"\nJudged on noise of shape {shapes}; --data FILE takes your own batch.")
-    return 1 if problems else 0
+        print(rows.text(fold=not args.all), *remarks, sep="\n\n")
+    return 1 if rows.problems() else 0
 
 
 def run(args: argparse.Namespace) -> tuple[Trace, tuple[Tensor, ...]]:
     """Return the trace that the arguments ask for, and what was fed."""
     if args.save:
-        _try_to_write(Path(args.save))
+        _try_to_write(args.save)
     torch.manual_seed(args.seed)
     model = build(args.model, args.arguments).train(not args.eval).to(args.device)
     last: Exception | None = None
@@ -96,12 +96,13 @@ def run(args: argparse.Namespace) -> tuple[Trace, tuple[Tensor, ...]]:
         except Exception as error:  # the next shape may do
             last = error
     else:
-        shapes = " and ".join(str(tuple(t.shape)) for t in x)
         hint = "give another --shape, or --ints VOCAB if it takes tokens"
         if "required positional argument" in str(last):
             hint = "give --shape once for each input"
         reason = str(last).partition("\n")[0]
-        text = f"{args.model} does not run on {shapes} ({type(last).__name__}: {reason}); {hint}"
+        text = (
+            f"{args.model} does not run on {_shapes(x)} ({type(last).__name__}: {reason}); {hint}"
+        )
         raise RefusedError(text) from last
     if args.save:
         figure = plot_trace(rows)
@@ -110,51 +111,51 @@ def run(args: argparse.Namespace) -> tuple[Trace, tuple[Tensor, ...]]:
     return rows, x
 
 
+def _shapes(x: tuple[Tensor, ...]) -> str:
+    return " and ".join(str(tuple(t.shape)) for t in x)
+
+
 def build(name: str, arguments: list[str]) -> nn.Module:
     """Return the model that `name` stands for."""
     where, _, what = name.rpartition(":")
     if not where:
-        forms = "torchvision:NAME, timm:NAME, module:factory or file.py:factory"
-        raise RefusedError(f"{name} names no model: write {forms}")
-    options = dict(_option(a) for a in arguments)
+        raise RefusedError(f"{name} names no model: write {FORMS}")
+    options = dict(map(_option, arguments))
     sys.path.insert(0, str(Path(where).parent if where.endswith(".py") else Path.cwd()))
     try:
-        if where == "torchvision":
-            made = import_module("torchvision.models").get_model(what, weights=None, **options)
-        elif where == "timm":
-            made = import_module("timm").create_model(what, **options)
-        else:
-            made = getattr(_module(where), what, None)
-            if made is None:
-                raise RefusedError(f"{where} has no {what}")
-            if not isinstance(made, nn.Module):
-                made = made(**options) if callable(made) else made
-    except ModuleNotFoundError as error:
-        raise RefusedError(
-            f"there is no module {error.name}: install it, or give file.py:factory"
-        ) from error
+        made = _found(where, what)
+        if callable(made) and not isinstance(made, nn.Module):
+            made = made(**options)
     except RefusedError:
         raise
+    except ModuleNotFoundError as error:
+        text = f"there is no module {error.name}: install it, or give file.py:factory"
+        raise RefusedError(text) from error
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{name} raises {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
         raise RefusedError(text) from error
     if not isinstance(made, nn.Module):
-        raise RefusedError(
-            f"{name} gives a {type(made).__name__}: name a factory that returns a module"
-        )
+        what = f"{name} gives a {type(made).__name__}"
+        raise RefusedError(f"{what}: name a factory that returns a module")
     return made
 
 
-def _module(where: str) -> Any:
+def _found(where: str, what: str) -> Any:
+    """Return the factory or module object of that name."""
+    if where == "torchvision":
+        return partial(import_module("torchvision.models").get_model, what, weights=None)
+    if where == "timm":
+        return partial(import_module("timm").create_model, what)
     if not where.endswith(".py"):
-        return import_module(where)
-    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-    if spec is None or spec.loader is None or not Path(where).exists():
+        names = vars(import_module(where))
+    elif Path(where).exists():
+        names = runpy.run_path(where, run_name=Path(where).stem)
+    else:
         raise RefusedError(f"there is no file {where}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if what not in names:
+        raise RefusedError(f"{where} has no {what}")
+    return names[what]
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -170,41 +171,37 @@ def _option(text: str) -> tuple[str, Any]:
 def inputs(args: argparse.Namespace, model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
     """Yield the inputs that are to be tried, one after the other."""
     if args.data:
-        yield (_read(Path(args.data)),)
+        yield (_read(args.data),)
         return
     g = torch.Generator().manual_seed(args.seed)
-    vocabulary = args.ints
+    config, known = getattr(model, "config", None), getattr(model, "pretrained_cfg", None) or {}
+    first = next((m for m in model.modules() if isinstance(m, FIRST)), None)
+    tokens = args.ints
+    if not args.shape:
+        tokens = tokens or getattr(config, "vocab_size", 0) or getattr(first, "num_embeddings", 0)
 
-    def noise(*shape: int) -> Tensor:
-        if vocabulary:
-            return torch.randint(vocabulary, (args.batch, *shape), generator=g)
-        return torch.randn((args.batch, *shape), generator=g)
+    def noise(shape: Iterable[int]) -> Tensor:
+        shape = (args.batch, *shape)
+        return (
+            torch.randint(tokens, shape, generator=g) if tokens else torch.randn(shape, generator=g)
+        )
 
     if args.shape:
-        yield tuple(noise(*_shape(text)) for text in args.shape)
+        yield tuple(noise(_shape(text)) for text in args.shape)
         return
-    config = getattr(model, "config", None)
-    known = getattr(model, "pretrained_cfg", None) or {}
-    first = next((m for m in model.modules() if isinstance(m, FIRST)), None)
-    vocabulary = vocabulary or getattr(config, "vocab_size", None)
-    if isinstance(first, nn.Embedding):
-        vocabulary = vocabulary or first.num_embeddings
-    if vocabulary:
-        yield (noise(16),)
+    if tokens:
+        shapes = [(16,)]
     elif "input_size" in known:
-        yield (noise(*known["input_size"]),)
+        shapes = [known["input_size"]]
     elif isinstance(first, nn.Linear | nn.RNNBase):
         size = first.in_features if isinstance(first, nn.Linear) else first.input_size
-        yield (noise(size),)
-        yield (noise(16, size),)
+        shapes = [(size,), (16, size)]
     else:
-        channels = getattr(first, "in_channels", 0) or 3
+        channels = getattr(first, "in_channels", 0) or 3  # lazy layers have 0
         dims = 1 if isinstance(first, nn.Conv1d) else 3 if isinstance(first, nn.Conv3d) else 2
         sides = [config.image_size] if hasattr(config, "image_size") else SIDES
-        yield from ((noise(channels, *[side] * dims),) for side in sides)
-
-
-FIRST = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.RNNBase
+        shapes = [(channels, *[side] * dims) for side in sides]
+    yield from ((noise(shape),) for shape in shapes)
 
 
 def _shape(text: str) -> list[int]:
@@ -259,7 +256,7 @@ def random_direction(output: Any) -> Tensor:
     return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)).sum()
 
 
-def _plain(rows: Trace) -> dict[str, Any]:
+def _plain(rows: Trace, remarks: list[str]) -> dict[str, Any]:
     """Return what JSON can hold: nan and infinities become null."""
 
     def plain(value: Any) -> Any:
@@ -270,5 +267,5 @@ def _plain(rows: Trace) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
     problems = [{**dataclasses.asdict(p), "advice": p.advice} for p in rows.problems()]
-    found = {"problems": problems, "remarks": rows.remarks(), "seen": rows.seen()}
+    found = {"problems": problems, "remarks": rows.remarks() + remarks, "seen": rows.seen()}
     return plain(found | {"rows": [dataclasses.asdict(e) for e in rows]})

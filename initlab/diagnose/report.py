@@ -2,15 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, number
-from initlab.diagnose.verdict import diagnose, remark
+from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, number, some
+from initlab.diagnose.verdict import diagnose, judge, remark
 from initlab.diagnose.watch import watched
 
 if TYPE_CHECKING:
@@ -38,20 +38,25 @@ class Trace(list[LayerTrace]):
         return diagnose(self, self.info)
 
     def seen(self) -> str:
-        """Say which share of the weights (of 2 dimensions or more) was seen to multiply data."""
+        """Say which share of the weights (of 2 dimensions or more) was seen to multiply data.
+
+        And which share was judged: not what a problem before it spoils, nor what has no signal.
+        """
         sizes = self.info.get("sizes", {})
         if not sizes:
-            return ""
-        names = {n for e in self for w in e.weights for n in w.names}
-        unseen = sorted((n for n in sizes if n not in names), key=lambda n: -sizes[n])
-        share = 1 - sum(sizes[n] for n in unseen) / sum(sizes.values())
-        text = (
-            f"{share:.0%} of the weights seen" if not unseen else f"{share:.1%} of the weights seen"
-        )
-        if unseen:
-            more = f" and {len(unseen) - 2} more" if len(unseen) > 2 else ""
-            text += f", not {', '.join(unseen[:2])}{more}"
-        return text
+            return "it has no weights" if "sizes" in self.info else ""
+
+        def share(names: set[str], of: Container[str], what: str) -> str:
+            left = [n for n in sizes if n in of and n not in names]
+            left.sort(key=lambda n: -sizes[n])
+            part = sum(sizes[n] for n in sizes if n in names) / sum(sizes.values())
+            return f"{part:.1%} {what}, not {some(left)}" if left else f"100% {what}"
+
+        seen = {n for e in self for w in e.weights for n in w.names} & sizes.keys()
+        judged = judge(self, self.info)[1]
+        if judged >= seen:
+            return share(seen, sizes, "of the weights seen and judged")
+        return f"{share(seen, sizes, 'of the weights seen')}; {share(judged, seen, 'judged')}"
 
     def to_frame(self) -> "pd.DataFrame":
         """Return all rows and numbers as a DataFrame, by name of the layer."""
@@ -76,12 +81,10 @@ class Trace(list[LayerTrace]):
             if abs(e.mean) < ROUNDING * e.rms:  # another processor would print another number
                 e = dataclasses.replace(e, mean=0.0)
             table.append([e.name, e.kind, str(e.shape)] + [number(getattr(e, n)) for n in numbers])
-        columns = []
-        for k, column in enumerate(zip(*table, strict=True)):
-            width = max(map(len, column))
-            # 9 characters hold any number (-1.23e-05), so that tables of different models line up.
-            columns.append([c.ljust(width) if k < 3 else c.rjust(max(width, 9)) for c in column])
-        header, *lines = map("  ".join, zip(*columns, strict=True))
+        # 9 characters hold any number (-1.23e-05), so that tables of different models line up.
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        forms = [f"{{:{w}}}" if k < 3 else f"{{:>{max(w, 9)}}}" for k, w in enumerate(widths)]
+        header, *lines = ("  ".join(forms).format(*cells) for cells in table)
         # Shown are both ends and the rows next to a problem; long runs of others are folded.
         named = {p.layer for p in problems}
         shown = {i + k for i, e in enumerate(self) if e.name in named for k in (-1, 0, 1)}
@@ -195,7 +198,7 @@ def trace(
         >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU(inplace=True))
         >>> _ = nn.init.ones_(model[0].weight)
         >>> trace(model, torch.tensor([[1.0, 2.0], [-4.0, 3.0]]))
-        no problems found; 100% of the weights seen
+        no problems found; 100% of the weights seen and judged
         <BLANKLINE>
         name  kind    shape        mean        std        rms     signal       dead
         0     Linear  (2, 1)       1.00       2.83       2.24       2.83          -

@@ -20,7 +20,7 @@ ADVICE = {
     "alike": "Start the biases at 0, and look for a mean that is large against the differences.",
     "input scale": "Scale the inputs to a mean square near 1 before the first layer.",
     "loud output": "Draw the last layer smaller.",
-    "silent output": "Draw the last layer at random.",
+    "silent output": "Look at what comes after it: a softmax over one value, rounding, a factor 0.",
     "no gradient": "Let the loss reach it (detach, no_grad, argmax cut the graph).",
     "gradient vanishes": "Draw the weights with the gain of the activation.",
     "gradient explodes": "Draw smaller weights in the layers before it.",
@@ -38,11 +38,9 @@ class Weight:
         fan_in: How many products each output sums.
         mean: Mean of its entries.
         std: Their standard deviation.
-        kurtosis: Their excess kurtosis: 0 if normal, -1.2 if uniform.
         equal: Whether all of its units, of 2 or more, are the same.
         trains: Whether one of its parameters requires a gradient.
-        grad_rms: Rms of the gradient over all uses, the largest of these parameters' own; None
-            without one.
+        grad_rms: Rms of its parameters' gradient over all uses, the largest; None without one.
     """
 
     names: tuple[str, ...]
@@ -50,7 +48,6 @@ class Weight:
     fan_in: int
     mean: float
     std: float
-    kurtosis: float = 0.0
     equal: bool = False
     trains: bool = True
     grad_rms: float | None = None
@@ -86,10 +83,14 @@ class LayerTrace:
         op: Name of the operation.
         parents: Indices of the rows that feed it, by way of whatever holds no row.
         weights: What it multiplied by.
+        weight_std: Standard deviation with which the first of them is drawn.
+        asked_std: That which its fan_in and the activation after it ask for, gain / sqrt(fan_in).
         memory: Of a recurrent layer, by how much a gradient from its last step has changed at the
             first; None where that was not measured.
         learned: Whether what it was given is made from parameters alone, as learned tokens are.
         idle: Whether it is a BatchNorm whose running statistics are those of its start.
+        gated: Whether it was given a product of its parents.
+        scalar: The number that its data was multiplied by just before.
     """
 
     name: str
@@ -110,9 +111,38 @@ class LayerTrace:
     op: str = field(default="", repr=False)
     parents: tuple[int, ...] = field(default=(), repr=False)
     weights: tuple[Weight, ...] = field(default=(), repr=False)
+    weight_std: float | None = field(default=None, repr=False)
+    asked_std: float | None = field(default=None, repr=False)
     memory: float | None = field(default=None, repr=False)
     learned: bool = field(default=False, repr=False)
     idle: bool = field(default=False, repr=False)
+    gated: bool = field(default=False, repr=False)
+    scalar: float = field(default=1.0, repr=False)
+
+    @property
+    def size(self) -> float:
+        """The signal, or the rms where there is one input only."""
+        return self.rms if math.isnan(self.signal) else self.signal
+
+    @property
+    def given(self) -> float:
+        """The same of what it was given, before a number below 1 that multiplies it."""
+        size = self.in_rms if math.isnan(self.in_signal) else self.in_signal
+        return size / (min(abs(self.scalar), 1.0) or 1.0)
+
+    @property
+    def fix(self) -> str:
+        """The call that draws its weight on the scale asked for; empty where there is none."""
+        if self.asked_std is None or len(self.weights[0].names) > 1:
+            return ""
+        w, name = self.weights[0], of_attribute(self.weights[0].names[0])
+        call = f"nn.init.normal_({name}, std={self.asked_std:.3g})"
+        # What torch takes for the fan_in of a weight
+        usual = name.endswith(".weight") and w.numel == w.fan_in * self.features
+        if math.isclose(self.asked_std**2 * w.fan_in, 2) and usual and "Trans" not in self.kind:
+            call = f'nn.init.kaiming_normal_({name}, nonlinearity="relu")'
+        own = self.name == self.kind or w.names[0].startswith(self.name.partition("#")[0])
+        return f"{call}  # std {self.asked_std:.3g}, is {w.std:.3g}{'' if own else '; tied'}"
 
 
 Rows = Sequence[LayerTrace]
@@ -150,6 +180,12 @@ class Problem:
 def number(value: float | None) -> str:
     """Return three significant digits; "-" for None."""
     return "-" if value is None else f"{value:#.3g}".removesuffix(".")
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first two of some names, and how many more there are."""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"{', '.join(names[:2])}{more}"
 
 
 def of_attribute(name: str) -> str:

@@ -7,13 +7,13 @@ signal is largest, and begins anew at inputs, embeddings, recurrent layers and n
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, of_attribute
+from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, some
 
 # Where a number strays at random, 3 standard deviations are allowed, of a bound that is generous.
 SDS = 3
@@ -32,12 +32,10 @@ LIKE = math.log(4)
 NORM_GROWTH = math.log(math.pi / (math.pi - 1)) / 2
 STREAM = 10  # how much larger a sum is than a summand that may be small on purpose
 INPUT = 30  # how far from 1 the rms of the input may be
-LOUD = 10  # the rms of the output: a softmax of such numbers is all but certain, of one class
+LOUD = 10  # the rms of the output, or its loss above a guess's: it is all but certain, of one class
+FEW = 8  # features that may all be dead by luck, where others go past them
 FORGOTTEN = 1e-12  # what is left, after all steps, of a gradient to the first one
-
-# 1 / rms of f(z), z standard normal: what n Var(w) = gain^2 keeps at 1 before the activation.
-GAINS = {"relu": 2**0.5, "hardtanh": 2**0.5, "gelu": 1.5335, "silu": 1.6765, "mish": 1.4868}
-GAINS |= {"leaky_relu": 2**0.5, "elu": 1.2452, "tanh": 1.5925, "hardswish": 1.7367}
+IDLE = " BatchNorm in eval mode does nothing before training; in train mode it takes this out."
 
 
 @dataclass
@@ -47,57 +45,43 @@ class Graph:
     Attributes:
         rows: In the order of execution.
         info: What the trace knows besides.
+        spoiled: Rows that are not judged, since they show a problem that was found before them.
         children: Of each row, those that it feeds.
         main: Of each row, the parent with the largest signal; None at a start.
-        start: Of each row, the logarithm of the signal where its path began, at a norm or input.
-        level: Of each row, the logarithm of the factor by which the signal has changed since, but
-            for what falls where no weight stands, as by pooling.
-        walk: Variance of that number in sound nets: after n features of ReLUs the mean square M
-            has, given the layer before, a relative variance of at most 5/n (notebook 6), so log
-            rms makes a random walk with steps of variance 5/(4n).
-        active: How many activations the path has passed.
+        ends: The rows that the loss, or the output, is made of.
     """
 
     rows: Rows
     info: dict[str, Any] = field(default_factory=dict)
+    spoiled: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        n = len(self.rows)
-        self.children: list[list[int]] = [[] for _ in range(n)]
+        self.children: list[list[int]] = [[] for _ in self.rows]
         self.main: list[int | None] = []
-        self.level: list[float] = []
-        self.start: list[float] = []
-        self.walk: list[float] = []
-        self.active: list[int] = []
         for i, e in enumerate(self.rows):
             for p in e.parents:
                 self.children[p].append(i)
-            main = max(e.parents, key=lambda p: size(self.rows[p]), default=None)
-            if main is not None and e.in_rms > STREAM * self.rows[main].rms * len(e.parents) ** 0.5:
-                main = None  # what it is given comes from elsewhere: the input, or parameters
-            anew = main is None or not size(self.rows[main]) or e.role in ("norm", "mixer")
-            given = given_size(e)
-            if main is None or anew:
-                begins = e.role in ("norm", "mixer") or not given > 0
-                start, level, walk, active = log(e.rms if begins else e.in_rms), 0.0, 0.0, 0
-            else:
-                before = size(self.rows[main])
-                start, walk, active = self.start[main], self.walk[main], self.active[main]
-                level = self.level[main]
-                if given > 0:  # what falls where no weight stands is not its fault
-                    level += max(0.0, log(given) - log(before))
-                else:
-                    given = before
-            if e.role not in ("norm", "mixer") and given > 0:
-                level += log(size(e)) - log(given)
+            main = max(e.parents, key=lambda p: self.rows[p].size, default=None)
+            if main is not None:
+                before = self.rows[main]
+                # What it is given comes from elsewhere: the input, or parameters
+                elsewhere = e.in_rms > STREAM * before.rms * len(e.parents) ** 0.5
+                main = None if elsewhere or not before.size else main
             self.main.append(main)
-            self.start.append(start)
-            self.level.append(level)
-            self.walk.append(walk + (5 / (4 * e.features) if e.role == "layer" else 0))
-            self.active.append(active + (e.role == "activation"))
-        self.ends = [i for i in self.info.get("ends", ()) if i < n] or [
-            i for i in range(n) if not self.children[i]
-        ]
+        ends = [i for i in self.info.get("ends", ()) if i < len(self.rows)]
+        self.ends = ends or [i for i, after in enumerate(self.children) if not after]
+
+    def live(self) -> Iterator[tuple[int, LayerTrace]]:
+        """Yield the rows that are not spoiled, while more of them are."""
+        return ((i, e) for i, e in enumerate(self.rows) if i not in self.spoiled)
+
+    def spoil(self, i: int, lasting: bool = False) -> None:
+        """Leave out row i, and what follows: up to the next norms, or also beyond if `lasting`."""
+        todo = [i]
+        while todo:
+            if (j := todo.pop()) not in self.spoiled:
+                self.spoiled.add(j)
+                todo += [c for c in self.children[j] if lasting or self.rows[c].role != "norm"]
 
     def end(self, i: int, through: bool = False) -> int:
         """Return the last of the activations (or idle norms) that follow row i directly.
@@ -121,14 +105,23 @@ class Graph:
 
     def meets(self, c: int, end: int) -> bool:
         """Whether row c is given something larger than what row `end` puts out."""
-        e = self.rows[c]
+        e, rms = self.rows[c], self.rows[end].rms
         larger = len(e.parents) > 1 and self.main[c] != end
-        return larger or e.in_rms > STREAM * self.rows[end].rms
+        if e.gated:  # in a product no factor may be near 0
+            larger = larger and rms > 1 / STREAM
+        return larger or e.in_rms > STREAM * rms
 
     def joined(self, i: int) -> bool:
         """Whether row i meets something larger wherever it goes, or nothing comes after it."""
         end = self.end(i, through=True)
         return all(self.meets(c, end) for c in self.children[end])
+
+    def alone(self, i: int) -> bool:
+        """Whether layers after row i are given nothing else, and nothing goes past it."""
+        after = [(c, self.rows[c]) for c in self.children[i]]
+        if not all(len(e.parents) == 1 or not e.size > 0 for _, e in after):
+            return False
+        return any(e.role in ("layer", "mixer") or self.alone(c) for c, e in after)
 
     @cached_property
     def aside(self) -> set[int]:
@@ -138,6 +131,16 @@ class Graph:
             end = self.end(i, through=True)
             after = self.children[end]
             if after and all(c in found or self.meets(c, end) for c in after):
+                found.add(i)
+        return found
+
+    @cached_property
+    def healed(self) -> set[int]:
+        """The rows that reach no output but by way of norms, so that a small scale is no harm."""
+        found: set[int] = set()
+        for i in reversed(range(len(self.rows))):
+            after = self.children[i]
+            if i not in self.ends and all(c in found or self.rows[c].role == "norm" for c in after):
                 found.add(i)
         return found
 
@@ -155,47 +158,87 @@ class Graph:
         begin = [k for k, j in enumerate(path) if self.rows[j].role in ("norm", "mixer")]
         return path[begin[-1] + 1 :] if begin else path
 
+    def level(self, rows: Sequence[int]) -> float:
+        """Return the log of the factor by which the signal changes along a path.
+
+        But for what falls where no weight stands, as by pooling: that is not a layer's fault.
+        """
+        level = 0.0
+        for i in rows:
+            e, main = self.rows[i], self.main[i]
+            before = math.nan if main is None else self.rows[main].size
+            given = e.given if e.given > 0 else before
+            if given > 0:
+                level += log(e.size) - log(given)
+                level += max(0.0, log(given) - log(before)) if before > 0 else 0.0
+        return level
+
+    def walk(self, rows: Sequence[int]) -> float:
+        """Return the variance of that number in sound nets.
+
+        After n features of ReLUs the mean square M has, given the layer before, a relative variance
+        of at most 5/n (notebook 6), so log rms makes a random walk of steps of variance 5/(4n).
+        """
+        layers = (e for e in (self.rows[i] for i in rows) if e.role == "layer")
+        return sum(5 / (4 * e.features) for e in layers)
+
     def factor(self, i: int) -> float:
         """Return the log of the factor of a layer, with the activations that follow it."""
-        e, end = self.rows[i], self.rows[self.end(i)]
-        return log(size(end)) - log(given_size(e))
+        return log(self.rows[self.end(i)].size) - log(self.rows[i].given)
 
-    @cached_property
     def scaled(self) -> list[int]:
-        """The layers whose factor shows the scale of their weights."""
+        """Return the layers whose factor shows the scale of their weights."""
         return [
             i
-            for i, e in enumerate(self.rows)
+            for i, e in self.live()
             if e.role == "layer"
             and not e.learned
-            and given_size(e) > 0
+            and e.given > 0
             and not _rounded(self.rows[self.end(i)])
             and not self.normed(i)
         ]
+
+    def idle(self, rows: Sequence[int]) -> str:
+        """Say it if BatchNorms that do nothing stand among these rows."""
+        return IDLE if any(self.rows[i].idle for i in rows) else ""
 
 
 def diagnose(rows: Rows, info: dict[str, Any] | None = None) -> list[Problem]:
     """Return the problems that traced rows show, in the order of the layers.
 
-    What follows from a problem is not reported again: the rows after a broken one are not judged,
-    nor are the gradients, unless the forward pass is sound.
+    What follows from a problem is not reported again: what it spoils is not judged, nor are the
+    gradients, unless the forward pass is sound.
     """
-    info = info or {}
-    problems: list[Problem] = []
-    order = {e.name: i for i, e in enumerate(rows)}
+    return judge(rows, info)[0]
+
+
+def judge(rows: Rows, info: dict[str, Any] | None = None) -> tuple[list[Problem], set[str]]:
+    """Return the problems, and the names of the parameters that were judged."""
+    g, problems = Graph(rows, info or {}), []
     for find in (_not_finite, _equal, _dead, _constant, _mean, _input, _forward):
-        if rows and (found := find(Graph(rows, info))):
-            end, problem = found
-            problems.append(problem)
-            rows = rows[:end]
-    if not problems:
-        for find_one in (_reached, _memory, _backward):
-            if rows and not problems and (problem := find_one(Graph(rows, info))):
-                problems.append(problem)
+        problems += find(g)
+    for find in (_output, _reached, _memory, _backward):
+        problems += [] if problems else find(g)
+    order = {e.name: i for i, e in enumerate(rows)}
     problems.sort(key=lambda p: order[p.layer])
-    scales = [i for i, p in enumerate(problems) if p.kind in ("scale", "shrinks", "grows")]
-    after = problems[scales[0] + 1 :] if scales else []  # units die of it, too
-    return [p for p in problems if p not in after or p.kind not in ("dead", "constant")]
+    shown = [e for _, e in g.live() if (e.size > 0 or e.given > 0) and not e.learned]
+    shown += [rows[order[p.layer]] for p in problems]
+    scales = {order[p.layer] for p in problems if p.kind in ("scale", "shrinks", "grows")}
+    blown, kinds = Graph(rows), defaultdict(list)
+    for i in scales:
+        blown.spoil(i)
+    for p in problems:
+        died = order[p.layer] in blown.spoiled - scales  # units die of a scale, too
+        if not died or p.kind not in ("dead", "constant"):
+            kinds[p.kind].append(p)
+    for kind, alike in kinds.items():  # what one rule drew is said once, a scale may be a slip
+        most = 3 if kind == "scale" else 1
+        if more := [p.layer for p in alike[most:]]:
+            last = alike[most - 1]
+            reason = f"{last.reason} The same holds for {some(more)}."
+            alike[most - 1 :] = [replace(last, reason=reason)]
+    problems = sorted((p for alike in kinds.values() for p in alike), key=lambda p: order[p.layer])
+    return problems, {n for e in shown for w in e.weights for n in w.names}
 
 
 def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
@@ -204,8 +247,14 @@ def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
     said = []
     if info.get("n") == 1:
         said.append("With one input there is no signal: only sizes were judged.")
-    if rows and all(e.in_signal == 0 for e in rows if not e.parents):
+    elif rows and _same(rows):
         said.append("All inputs are the same: there is no signal, only sizes were judged.")
+    elif silent := [y for y in info.get("outputs", ()) if _still(y["signal"], y["rms"])]:
+        loss, classes = info.get("guess") or (0.0, 0)
+        guess = f" The loss, {loss:.4g}, is that of a guess, ln {classes}."
+        guess *= classes > 1 and math.isclose(loss, math.log(classes), rel_tol=1e-6)
+        rms = silent[0]["rms"]
+        said.append(f"An output is the same for all inputs, of rms {rms:.3g}: no signal.{guess}")
     if info.get("trained"):
         said.append("Its norms look trained: the verdict is on an init.")
     copies = defaultdict(set)
@@ -221,114 +270,111 @@ def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
     return said
 
 
-Found = tuple[int, Problem] | None
-
-
-def _not_finite(g: Graph) -> Found:
-    for i, e in enumerate(g.rows):
+def _not_finite(g: Graph) -> Iterator[Problem]:
+    for i, e in g.live():
         if not math.isfinite(e.rms):
+            g.spoil(i, lasting=True)
             reason = f"The rms of its output is {e.rms}, that of its input {e.in_rms:.3g}."
-            return i, Problem(e.name, "not finite", e.rms, reason)
-    return None
+            yield Problem(e.name, "not finite", e.rms, reason)
 
 
-def _equal(g: Graph) -> Found:
-    """Find a weight whose units are all the same, but not 0: nothing tells them apart."""
-    for i, e in enumerate(g.rows):
+def _equal(g: Graph) -> Iterator[Problem]:
+    """Find weights whose units are all the same, but not 0: nothing tells them apart."""
+    for i, e in g.live():
         for w in e.weights:
             if w.equal and w.trains and (w.mean or w.std):
+                g.spoil(i)
                 reason = f"All units of {w.names[0]} have the same weights."
-                return i + 1, Problem(e.name, "equal units", 0.0, reason, fix(g, i))
-    return None
+                yield Problem(e.name, "equal units", 0.0, reason, e.fix)
+                break
 
 
-def _dead(g: Graph) -> Found:
-    """Find an activation with more dead features than luck explains, or with all of them dead.
+def _dead(g: Graph) -> Iterator[Problem]:
+    """Find activations with more dead features than luck explains, or with all of them dead.
 
     With weights and biases drawn symmetrically about 0, a feature is below 0 for all inputs as
     often as it is above 0 for all. So the dead outnumber the others of m such features by 5 sqrt(m)
     with a probability of at most exp(-5^2 / 2) = 4e-6 (Hoeffding's inequality).
     """
-    for i, e in enumerate(g.rows):
+    for i, e in g.live():
         fed = [g.rows[p] for p in e.parents]
-        if not e.dead or (len(fed) == 1 and fed[0].rms == 0):
+        dead = round((e.dead or 0) * e.features)
+        luck = dead == e.features < FEW and g.children[i] and not g.alone(i)
+        if not dead or luck or (len(fed) == 1 and fed[0].rms == 0):
             continue
-        dead = round(e.dead * e.features)
-        everything = dead == e.features
-        if everything or dead - e.above > 5 * math.sqrt(dead + e.above):
+        if dead == e.features or dead - e.above > 5 * math.sqrt(dead + e.above):
             source = e.parents[0] if len(e.parents) == 1 else i
+            if dead == e.features:
+                g.spoil(source, lasting=True)
             reason = (
                 f"Of the {e.features} features of {e.name} ({e.kind}), {dead} are 0 for all inputs "
                 f"and positions, and {e.above} are never below 0; biases of 0 give as many of both."
             )
-            end = source if everything else len(g.rows)
-            return end, Problem(g.rows[source].name, "dead", e.dead, reason)
-    return None
+            yield Problem(g.rows[source].name, "dead", e.dead, reason)
 
 
-def _constant(g: Graph) -> Found:
-    """Find an output that is the same for all inputs, though the layer's inputs differ.
+def _constant(g: Graph) -> Iterator[Problem]:
+    """Find outputs that are the same for all inputs, though the layer's inputs differ.
 
     It is a problem if all that comes after lives on it alone. At the end of a residual branch, and
     in the last layer, zeros are a known way to start.
     """
-
-    def alone(i: int) -> bool:
-        """Whether a layer is given nothing else, and nothing goes past it."""
-        after = g.children[i]
-        lives = [e for e in (g.rows[c] for c in after) if not size(e) > 0 or len(e.parents) == 1]
-        if not after or len(lives) < len(after):
-            return False
-        return any(g.rows[c].role in ("layer", "mixer") or alone(c) for c in after)
-
-    for i, e in enumerate(g.rows):
+    for i, e in g.live():
         same = e.in_signal > 0 and e.signal == 0 if e.rms else e.in_rms != 0
-        if e.role != "activation" and same and alone(i):
+        if e.role != "activation" and same and g.alone(i):
+            g.spoil(i, lasting=True)
             reason = f"Its output is the same for all inputs, of rms {e.rms:.3g}."
-            return i, Problem(e.name, "constant", e.rms, reason, fix(g, i))
-    return None
+            yield Problem(e.name, "constant", e.rms, reason, e.fix)
 
 
-def _mean(g: Graph) -> Found:
+def _mean(g: Graph) -> Iterator[Problem]:
     """Find weights whose mean outweighs their differences in the sum over fan_in."""
-    for i, e in enumerate(g.rows):
-        for w in e.weights:
+    for i, e in g.live() if not g.info.get("trained") else ():
+        for w in e.weights if e.role == "layer" else ():
             common = abs(w.mean) * math.sqrt(w.fan_in)
             sure = abs(w.mean) * math.sqrt(min(w.numel, 1 << 18)) > 6 * w.std
-            if e.role == "layer" and w.std and common > 2 * w.std and sure and w.trains:
-                if g.info.get("trained"):
-                    continue
+            if w.std and common > 2 * w.std and sure and w.trains:
+                g.spoil(i)
                 reason = f"The mean of {w.names[0]} is {w.mean:.3g}, their std {w.std:.3g}."
-                return i + 1, Problem(e.name, "mean", w.mean, reason, fix(g, i))
-    return None
+                yield Problem(e.name, "mean", w.mean, reason, e.fix)
+                break
 
 
-def _input(g: Graph) -> Found:
-    for i, e in enumerate(g.rows):
-        picked = [g.rows[p] for p in e.parents]
-        if e.role == "layer" and e.in_rms > 0 and not 1 / INPUT <= e.in_rms <= INPUT:
-            if not picked and not e.learned and not g.normed(i):
-                reason = f"The input has an rms of {e.in_rms:.3g}."
-                return i, Problem(e.name, "input scale", e.in_rms, reason)
-            if picked and all(p.role == "mixer" and not p.in_rms > 0 for p in picked):
-                worst = max(picked, key=lambda p: abs(log(p.rms)))
-                reason = f"Its output has an rms of {worst.rms:.3g}."
-                return i, Problem(worst.name, "scale", worst.rms, reason)
-    return None
+def _input(g: Graph) -> Iterator[Problem]:
+    """Find inputs, and embeddings that layers are given as they are, out of scale."""
+    for i, e in g.live():
+        if e.role != "layer" or not e.in_rms > 0 or 1 / INPUT <= e.in_rms <= INPUT:
+            continue
+        picked = [p for p in e.parents if g.rows[p].role == "mixer" and not g.rows[p].in_rms > 0]
+        if not e.parents and not e.learned and not g.normed(i):
+            g.spoil(i)
+            reason = f"The input has an rms of {e.in_rms:.3g}."
+            yield Problem(e.name, "input scale", e.in_rms, reason)
+        elif picked and len(picked) == len(e.parents):
+            worst = max(picked, key=lambda p: abs(log(g.rows[p].rms)))
+            if g.rows[worst].rms > 1 or worst not in g.healed:
+                g.spoil(worst)
+                name, rms = g.rows[worst].name, g.rows[worst].rms
+                yield Problem(name, "scale", rms, f"Its output has an rms of {rms:.3g}.")
 
 
-def _forward(g: Graph) -> Found:
-    """Find a signal that shrinks or grows, one layer out of scale, or outputs that are alike."""
-    if not g.rows or all(e.in_signal == 0 for e in g.rows if not e.parents):
-        return None
-    scaled = g.scaled
+def _forward(g: Graph) -> Iterator[Problem]:
+    """Find signals that shrink or grow, and layers out of scale."""
+    if _same(g.rows):
+        return
+    scaled = g.scaled()
     for i in scaled:
-        end, segment = g.end(i), g.segment(i)
-        on = [j for j in segment if j in scaled]
-        level, limit = g.level[end], SLACK + SDS * math.sqrt(g.walk[end])
-        loss = relu_loss(g.active[end], 1.0)
-        grown = min(log(g.rows[end].rms) - g.start[end], level + loss)
-        normed = g.main[segment[0]] is not None  # at its start
+        if i in g.spoiled:
+            continue
+        end, segment = g.end(i), g.segment(g.end(i))
+        on = [j for j in segment if j in scaled and j <= i]
+        level, limit = g.level(segment), SLACK + SDS * math.sqrt(g.walk(segment))
+        loss = relu_loss(sum(g.rows[j].role == "activation" for j in segment), 1.0)
+        begin, first = g.main[segment[0]], g.rows[segment[0]]
+        normed = begin is not None
+        start = g.rows[begin].rms if normed else first.in_rms
+        grown = log(g.rows[end].rms) - log(start if start > 0 else first.rms)
+        grown = min(grown, level + loss)
         branch = i in g.aside and normed and len(on) < 5
         level = grown if grown > limit else 0.0 if branch else level
         custom = LEAP + CUSTOM * (min(len(on), 3) - 1) if normed else 0.0
@@ -345,31 +391,47 @@ def _forward(g: Graph) -> Found:
             )
             if len(culprits) == 1:
                 kind, value = "scale", factor
-            lines = "\n".join(filter(None, (fix(g, j) for _, j in culprits[:2])))
-            return row, Problem(g.rows[row].name, kind, math.exp(value), reason, lines)
+            reason += g.idle(segment)
+            lines = "\n".join(filter(None, (g.rows[j].fix for _, j in culprits[:2])))
+            g.spoiled.add(row)
+            for c in g.children[end]:  # the others are judged
+                g.spoil(c)
+            yield Problem(g.rows[row].name, kind, math.exp(value), reason, lines)
+    yield from _leaps(g)
+
+
+def _leaps(g: Graph) -> Iterator[Problem]:
+    """Find layers whose factor is far from that of the others."""
+    alike, scaled = defaultdict(list), g.scaled()
     middle = statistics.median(map(g.factor, scaled)) if len(scaled) > 2 else 0.0
-    alike = defaultdict(list)
     for i in scaled:
-        alike[like(g.rows[i])].append(g.factor(i))
+        alike[_shape(g.rows[i])].append(g.factor(i))
     for i in scaled:
-        change, same = g.factor(i), alike[like(g.rows[i])]
+        if i in g.spoiled:
+            continue
+        change, same = g.factor(i), alike[_shape(g.rows[i])]
         usual, limit, what = middle, LEAP, "the median layer"
         if len(same) > 3:
             usual, what = statistics.median(same), f"the median of {len(same)} layers like it"
             limit = LIKE + SDS * math.sqrt(5 / (4 * g.rows[i].features))
         if change - usual > limit or (change - usual < -limit and not g.joined(i)):
             reason = f"The signal {times(change)} here, in {what} it {times(usual)}."
-            return i, Problem(g.rows[i].name, "scale", math.exp(change), reason, fix(g, i))
-    return _output(g)
+            reason += g.idle(range(i, g.end(i) + 1))
+            g.spoil(i)
+            yield Problem(g.rows[i].name, "scale", math.exp(change), reason, g.rows[i].fix)
 
 
-def _output(g: Graph) -> Found:
-    """Find outputs that are alike, or too large."""
+def _output(g: Graph) -> Iterator[Problem]:
+    """Find outputs that are alike, too large, or without the signal that the last layer has."""
     ends = [i for i in g.ends if g.rows[i].rms > 0]
-    if not ends:
-        return None
-    last = max(ends)
-    path = g.path(last)
+    path = g.path(max(ends, default=None))
+    if not path or _same(g.rows):
+        return
+    outputs, last = g.info.get("outputs", ()), g.rows[path[-1]]
+    if not _rounded(last) and outputs and all(_still(y["signal"], y["rms"]) for y in outputs):
+        reason = f"It has a signal of {last.signal:.3g}, and the output of the network has none."
+        yield Problem(last.name, "silent output", 0.0, reason)
+        return
     while len(path) > 1 and g.rows[path[-1]].role == "activation":  # they shift all outputs
         path.pop()
     end, given = g.rows[path[-1]], g.rows[path[-1]].role == "layer"
@@ -380,7 +442,7 @@ def _output(g: Graph) -> Found:
         if _positions(a) > _positions(b) and a.signal > 0 and b.in_signal > 0:
             fall = log(a.signal) - log(a.rms) - log(b.in_signal) + log(b.in_rms)
             pooled += max(0.0, fall)
-    share = share_of(g)
+    share = _share(g)
     active = sum(g.rows[i].role == "activation" for i in path[:-1])
     floor = math.exp(log(share) - relu_loss(active, share) - pooled - SLACK)
     small = any(g.rows[p].op == "mul" for j in path for p in g.rows[j].parents)  # on purpose
@@ -389,19 +451,23 @@ def _output(g: Graph) -> Found:
             f"Of the rms of what {end.name} {'is given' if given else 'puts out'} only the share "
             f"{signal / rms:.2g} differs between inputs. As many ReLUs without biases, and the "
             f"pooling, leave {floor:.2g} or more."
-        )
-        inner = [j for j in g.scaled if j in path[:-1]]
-        shares = [(_share_change(g, j), j) for j in inner]
+        ) + g.idle(path)
+        shares = [(_share_change(g, j), j) for j in g.scaled() if j in path[:-1]]
         culprits = _culprits(shares, -1)
         layer = g.rows[culprits[0][1]] if culprits else end
-        return len(g.rows), Problem(layer.name, "alike", signal / rms, reason)
+        yield Problem(layer.name, "alike", signal / rms, reason)
+        return
+    loss, classes = g.info.get("guess") or (0.0, 1)
     for i in ends:
         e = g.rows[i]
-        limit = math.log(LOUD) + SDS * math.sqrt(g.walk[i])
-        if e.role == "layer" and log(e.rms) > limit:
-            reason = f"Its output has an rms of {e.rms:.3g}; {allowed(log(e.rms), limit)}."
-            return len(g.rows), Problem(e.name, "loud output", e.rms, reason, fix(g, i))
-    return None
+        limit = math.log(LOUD) + SDS * math.sqrt(g.walk(g.segment(i)))
+        if e.role == "layer" and (log(e.rms) > limit or loss > math.log(classes) + LOUD):
+            reason = f"Its output has an rms of {e.rms:.3g}; we allow {math.exp(limit):.3g}."
+            if classes > 1:
+                guess = f"a guess has ln {classes} = {math.log(classes):.3g}"
+                reason += f" The loss is {loss:.3g}, where {guess}."
+            yield Problem(e.name, "loud output", e.rms, reason, e.fix)
+            return
 
 
 def _share_change(g: Graph, i: int) -> float:
@@ -409,11 +475,9 @@ def _share_change(g: Graph, i: int) -> float:
     return log(end.signal) - log(end.rms) - log(e.in_signal) + log(e.in_rms)
 
 
-def _reached(g: Graph) -> Problem | None:
+def _reached(g: Graph) -> Iterator[Problem]:
     """Find a weight that the loss's data comes from, but its gradient does not come to."""
-    if not g.info.get("graded"):
-        return None
-    ancestors, todo = set(), list(g.info.get("ends", ()))
+    ancestors, todo = set(), list(g.info.get("ends", ())) if g.info.get("graded") else []
     while todo:
         if (i := todo.pop()) not in ancestors and i < len(g.rows):
             ancestors.add(i)
@@ -433,57 +497,50 @@ def _reached(g: Graph) -> Problem | None:
             if w.trains and (stuck or (i in cut and w.grad_rms is None)):
                 what = "a gradient of 0, and is 0" if stuck else "no gradient"
                 reason = f"{w.names[0]} gets {what}, though the loss is computed from it."
-                return Problem(e.name, "no gradient", 0.0, reason)
-    return None
+                yield Problem(e.name, "no gradient", 0.0, reason)
+                return
 
 
-def _memory(g: Graph) -> Problem | None:
+def _memory(g: Graph) -> Iterator[Problem]:
     """Find a recurrent layer whose last step tells nothing of its first, or too much."""
     for e in g.rows:
         if e.memory is not None and not FORGOTTEN <= e.memory <= 1 / math.sqrt(FORGOTTEN):
             change = log(e.memory)
             kind = "forgets" if change < 0 else "gradient explodes"
             reason = f"From its last step to its first a gradient {times(change)}."
-            return Problem(e.name, kind, e.memory, reason)
-    return None
+            yield Problem(e.name, kind, e.memory, reason)
+            return
 
 
-def _backward(g: Graph) -> Problem | None:
+def _backward(g: Graph) -> Iterator[Problem]:
     """Find gradients that vanish or explode on the data's path, from its end to its start."""
     for e in reversed(g.rows):
         if e.grad_rms is not None and not math.isfinite(e.grad_rms):
             reason = f"The gradient of its output has rms {e.grad_rms}."
-            return Problem(e.name, "not finite", e.grad_rms, reason)
+            yield Problem(e.name, "not finite", e.grad_rms, reason)
+            return
     ends = [i for i in g.ends if g.rows[i].grad_rms]
-    if not ends:
-        return None
-    path = g.path(max(ends, key=lambda i: norm(g.rows[i])))
-    shown = set(g.scaled)
-    path = [
-        i
-        for i in path
-        if g.rows[i].grad_rms and (i in shown or g.rows[i].role == "norm" or g.rows[i].op == "mul")
-    ]
+    whole = g.path(max(ends, key=lambda i: norm(g.rows[i]), default=None))
+    shown = set(g.scaled())
+    shown |= {i for i, e in enumerate(g.rows) if e.role == "norm" or e.op == "mul"}
+    path = [i for i in whole if g.rows[i].grad_rms and i in shown]
     path = path[:-1] if len(path) > 1 and path[-1] in ends else path  # small on purpose, or not
-    if len(path) < 2:
-        return None
     # Of both measures the one that has changed less: the gradient's norm, and that times the row's
     # own, which is what the loss depends on the size of a row. Layers without biases keep it.
     found = [_changes(g, path, times_size) for times_size in (False, True)]
     totals = [sum(change for change, _ in changes) for changes in found]
     total, changes = min(zip(totals, found, strict=True), key=lambda pair: abs(pair[0]))
-    walk = sum(5 / (4 * g.rows[i].features) for i in path)
-    limit = SLACK + SDS * math.sqrt(walk)
+    limit = SLACK + SDS * math.sqrt(sum(5 / (4 * g.rows[i].features) for i in path))
     growth = NORM_GROWTH * sum(g.rows[i].role == "norm" for i in path)
     if -limit <= total <= limit + growth or totals[0] * totals[1] < 0:
-        return None
+        return
     kind, limit = ("vanishes", -limit) if total < 0 else ("explodes", limit + growth)
     factor, row = _culprits(changes, total)[-1]
     reason = (
         f"From the last layer to the first its norm {times(total)}, through this one it "
         f"{times(factor)}; {allowed(total, limit)}."
-    )
-    return Problem(g.rows[row].name, f"gradient {kind}", math.exp(total), reason, fix(g, row))
+    ) + g.idle(whole)
+    yield Problem(g.rows[row].name, f"gradient {kind}", math.exp(total), reason, g.rows[row].fix)
 
 
 def _changes(g: Graph, path: list[int], times_size: bool) -> list[tuple[float, int]]:
@@ -504,23 +561,6 @@ def _changes(g: Graph, path: list[int], times_size: bool) -> list[tuple[float, i
             change = 0.0  # all but a skip comes through a factor that is small on purpose
         changes.append((change, j))
     return changes
-
-
-def fix(g: Graph, i: int) -> str:
-    """Return the call that draws the weight of row i on the scale that its fan_in asks for."""
-    e = g.rows[i]
-    if not e.weights or e.role != "layer":
-        return ""
-    w = e.weights[0]
-    after = [g.rows[c] for c in g.children[i]]
-    op = after[0].op if len(after) == 1 and after[0].role == "activation" else ""
-    asked = GAINS.get(op, 1.0) / math.sqrt(w.fan_in)
-    name = of_attribute(w.names[0])
-    if op == "relu":
-        call = f'nn.init.kaiming_normal_({name}, nonlinearity="relu")'
-    else:
-        call = f"nn.init.normal_({name}, std={asked:.3g})"
-    return f"{call}  # std {asked:.3g}, is {w.std:.3g}"
 
 
 def _culprits(changes: Sequence[tuple[float, int]], total: float) -> list[tuple[float, int]]:
@@ -546,26 +586,21 @@ def relu_loss(layers: int, share: float) -> float:
     return log(share) - log(1 - cosine) / 2
 
 
-def like(e: LayerTrace) -> tuple:
+def _same(rows: Rows) -> bool:
+    """Whether all inputs are the same."""
+    return all(e.in_signal == 0 for e in rows if not e.parents)
+
+
+def _shape(e: LayerTrace) -> tuple:
     """Return what layers have in common whose weights are drawn on one scale."""
     return e.op, tuple((w.numel, w.fan_in) for w in e.weights)
 
 
-def share_of(g: Graph) -> float:
+def _share(g: Graph) -> float:
     """Return signal / rms of the input; 1 if that is not known, as of tokens."""
     first = next((e for e in g.rows if not e.parents and e.in_rms > 0), None)
     share = first.in_signal / first.in_rms if first else 1.0
     return min(share, 1.0) if share > 0 else 1.0
-
-
-def size(e: LayerTrace) -> float:
-    """Return the signal of a row, or its rms where there is one input only."""
-    return e.rms if math.isnan(e.signal) else e.signal
-
-
-def given_size(e: LayerTrace) -> float:
-    """Return the same of what it was given."""
-    return e.in_rms if math.isnan(e.in_signal) else e.in_signal
 
 
 def norm(e: LayerTrace) -> float:
@@ -578,7 +613,12 @@ def _positions(e: LayerTrace) -> float:
 
 
 def _rounded(e: LayerTrace) -> bool:
-    return e.rms == 0 or e.signal < ROUNDING * e.rms
+    return e.rms == 0 or _still(e.signal, e.rms)
+
+
+def _still(signal: float, rms: float) -> bool:
+    """Whether there is no signal but rounding; not for one input, whose signal is nan."""
+    return signal == 0 or signal < ROUNDING * rms
 
 
 def log(number: float) -> float:

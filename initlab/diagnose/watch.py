@@ -26,10 +26,9 @@ from initlab.diagnose.rows import LayerTrace, Weight
 
 # Operations of aten that sum products with a weight, or pick its rows. Those of mkldnn and of
 # quantised or grouped products have such a name in theirs.
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "linear", "_trilinear"}
-PRODUCTS |= {"embedding", "_embedding_bag", "index", "index_select", "deform_conv2d"}
-PRODUCTS |= {"_embedding_bag_forward_only", "_addmm_activation", "_grouped_mm", "_scaled_mm"}
 LOOKUPS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "linear", "_trilinear"}
+PRODUCTS |= {"deform_conv2d", "_addmm_activation", "_grouped_mm", "_scaled_mm"} | LOOKUPS
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 RECURRENT |= {f"{name}_cell" for name in RECURRENT}
 NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")  # parts of names
@@ -37,9 +36,14 @@ NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")  # parts of names
 DYING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "gelu", "silu", "mish"}
 ACTIVATIONS = DYING | {"leaky_relu", "_prelu_kernel", "rrelu_with_noise", "elu", "celu", "glu"}
 ACTIVATIONS |= {"sigmoid", "tanh", "softplus", "log_sigmoid_forward", "softshrink", "hardshrink"}
+# 1 / rms of f(z), z standard normal: what n Var(w) = gain^2 keeps at 1 before the activation.
+GAINS = {"relu": 2**0.5, "hardtanh": 2**0.5, "gelu": 1.5335, "silu": 1.6765, "mish": 1.4868}
+GAINS |= {"leaky_relu": 2**0.5, "elu": 1.2452, "tanh": 1.5925, "hardswish": 1.7367}
 ROOTS = {"sqrt", "rsqrt", "std", "std_mean", "linalg_vector_norm", "norm"}  # norms divide by one
 SMALL = 0.3  # a factor on purpose, as of LayerScale or SkipInit; those of norms begin at 1
 SOFTMAX = {"_softmax", "_safe_softmax"}
+CROSS_ENTROPY = {"nll_loss_forward", "nll_loss2d_forward"}
+COPIES = {"clone", "_to_copy", "_unsafe_view"}
 BLOCK = 1 << 16  # numbers that are made float64 at a time: they stay in the cache
 
 
@@ -50,12 +54,14 @@ class Data:
     Attributes:
         origins: Indices of the rows that feed it.
         whole: The row whose output it is, as it stands.
-        form: "root", as norms divide by; "shares", as a softmax puts out.
+        form: "root", as norms divide by; "shares", as a softmax puts out; "product", of data.
+        scalar: The number that it was multiplied by last.
     """
 
     origins: frozenset[int] = frozenset()
     whole: int | None = None
     form: str = ""
+    scalar: float = 1.0
 
 
 Names = tuple[str, ...]  # of the parameters that a weight was made from
@@ -69,7 +75,7 @@ class Flow(TorchDispatchMode):
         self.trained = trains
         self.paths = {m: _clean(name) for name, m in model.named_modules()}
         self.parameters = {_clean(name): p for name, p in model.named_parameters()}
-        self.kinds: dict[int, Data | Names] = {_key(t): Data() for t in tensors(x)}
+        self.kinds: dict[int, Data | Names | None] = {_key(t): Data() for t in tensors(x)}
         self.places = defaultdict(list)  # of the parameters in each storage
         for name, p in self.parameters.items():
             start = p.storage_offset()
@@ -84,6 +90,7 @@ class Flow(TorchDispatchMode):
         self.group: dict[str, Any] | None = None  # a recurrent function in progress
         self.as_data: int | None = None  # a weight that is given to a layer as its input
         self.paused = self.closed = False  # measuring; rows are complete
+        self.guess: tuple[float, int] | None = None  # cross-entropy, and the number of classes
 
     def of(self, t: Tensor) -> Data | Names | None:
         """Return what is known of a tensor; None for constants."""
@@ -104,59 +111,53 @@ class Flow(TorchDispatchMode):
         if self.paused:
             return func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
+        mutates = bool(schema and schema.is_mutable)
         op = (schema.name if schema else str(func)).rpartition("::")[2]
-        op = op.removesuffix("_") if schema and schema.is_mutable else op
+        op = op.removesuffix("_") if mutates else op
         given = [(t, self.of(t)) for t in tensors((args, kwargs))]
         data = [(t, kind) for t, kind in given if isinstance(kind, Data)]
-        names = tuple(
-            dict.fromkeys(n for _, kind in given if isinstance(kind, tuple) for n in kind)
-        )
-        new: Data | Names | None = names or None
+        names = (n for _, kind in given if isinstance(kind, tuple) for n in kind)
+        new: Data | Names | None = tuple(dict.fromkeys(names)) or None
         row = None
         if data:
-            new = _joined(op, args, data)
+            new, own = _joined(op, args, data), frozenset((len(self.rows),))
             if self.group is not None:
-                self.group["weights"] |= {n: t for t, k in given if isinstance(k, tuple) for n in k}
-                self.group["parents"] |= new.origins - {len(self.rows)}
-                new = Data(frozenset((len(self.rows),)))
+                self.group["weights"] |= {n for _, k in given if isinstance(k, tuple) for n in k}
+                self.group["parents"] |= new.origins - own
+                new = Data(own)
             elif not self.closed and (row := self.draft(func, op, args, kwargs, given, data)):
                 row["parents"] = new.origins
-                new = Data(frozenset((len(self.rows),)), len(self.rows))
+                new = Data(own, len(self.rows))
         out = func(*args, **kwargs)
-        before = {_key(t) for t, _ in given}
-        for t in (
-            self.written(schema, args, kwargs) if schema and schema.is_mutable else tensors(out)
-        ):
-            if (schema and schema.is_mutable) or _key(t) not in before:  # views stay what they were
-                self.kinds[_key(t)] = new if t.is_floating_point() or new is None else _whole(new)
-        if row is not None and (y := first_float(out)) is not None:
+        before = () if mutates else {_key(t) for t, _ in given}  # views stay what they were
+        for t in _written(schema, args, kwargs) if mutates else tensors(out):
+            if _key(t) not in before:  # of integers only that they are data is known
+                whole = t.is_floating_point() or not isinstance(new, Data)
+                self.kinds[_key(t)] = new if whole else Data()
+        y = first_float(out)
+        if row is not None and y is not None:
             self.complete(row, y)
-            self.rows.append(row)
+        elif self.closed and op in CROSS_ENTROPY and args[3] == 1:  # a mean
+            self.guess = y.item(), args[0].shape[min(1, args[0].dim() - 1)]
         return out
-
-    def written(self, schema: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-        """Yield the tensors that an operation overwrites."""
-        for i, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[i] if i < len(args) else kwargs.get(argument.name)
-                yield from tensors(value)
 
     def draft(
         self, func: Any, op: str, args: tuple, kwargs: dict, given: list, data: list
     ) -> dict[str, Any] | None:
         """Begin a row, with what is measured before the operation runs."""
         inputs = [t for t, _ in data if t.is_floating_point() and t.numel()]
-        weight = self.weight(op, args, given) if op in PRODUCTS or "conv" in op else None
-        if weight is not None:
-            role = "mixer" if op in LOOKUPS else "layer"
-            t, names = weight
-            row = {"role": role, "weights": (self.facts(op, args, t, names),), "names": names}
-            x = inputs[0] if inputs and op not in LOOKUPS else None
-        elif not inputs:
+        x = inputs[0] if inputs else None
+        first, kind = data[0]
+        if (op in PRODUCTS or "conv" in op) and (found := self.weight(op, args, given)):
+            weight, names = found
+            row = {"role": "layer", "weights": (self.facts(op, args, weight, names),)}
+            row |= {"names": names, "gated": kind.form == "product", "scalar": kind.scalar}
+            if op in LOOKUPS:
+                row["role"], x = "mixer", None
+        elif x is None:
             return None
         elif any(part in op for part in NORMS) and "backward" not in op:
-            role, x = "norm", inputs[0]
-            row = {"role": role}
+            row = {"role": "norm"}
             named = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
             if named.get("training", "no_training" not in op) is False:
                 mean, var = named.get("running_mean"), named.get("running_var")
@@ -164,23 +165,20 @@ class Flow(TorchDispatchMode):
                 row = {"role": "affine", "idle": idle}
         elif op in ACTIVATIONS:
             row, x = {"role": "activation"}, None
-        elif op == "mul" and (small := self.small(given)):
-            row, x = {"role": "affine", "names": small}, inputs[0]
+        elif op == "mul" and (names := _small(given)):
+            row = {"role": "affine", "names": names}
         elif op in ("mul", "div") and {kind.form == "root" for _, kind in data} == {True, False}:
             row, x = {"role": "norm"}, next(t for t, kind in data if kind.form != "root")
         else:
             return None
-        whole = data[0][1].whole
-        if whole is not None and data[0][0].numel() == math.prod(self.rows[whole]["shape"]):
-            known = self.rows[whole]
+        if kind.whole is not None and first.numel() == math.prod(self.rows[kind.whole]["shape"]):
+            known = self.rows[kind.whole]
             row |= {"in_rms": known["rms"], "in_signal": known["signal"]}
-        elif x is not None:
-            size = measured(x, self.n)
-            row |= {"in_rms": size["rms"], "in_signal": size["signal"]}
-        module = self.running[-1] if self.running else None
-        if self.as_data is not None and _key(data[0][0]) == self.as_data:
+        else:
+            row |= _given(x, self.n)
+        if self.as_data is not None and _key(first) == self.as_data:
             row |= {"learned": True, "in_signal": math.nan}
-        return row | {"op": op, "module": module, "clipped": op == "hardtanh" and args[1:2] != (0,)}
+        return row | {"op": op, "clipped": op == "hardtanh" and args[1:2] != (0,)}
 
     def weight(self, op: str, args: tuple, given: list) -> tuple[Tensor, Names] | None:
         """Return the tensor that data is multiplied by, if parameters of 2 dimensions made it."""
@@ -191,78 +189,80 @@ class Flow(TorchDispatchMode):
                     return t, names
         return None
 
-    def small(self, given: list) -> Names:
-        """Return the parameters of a small factor for each channel, as LayerScale has."""
-        for t, names in given:
-            if isinstance(names, tuple) and rms(t) < SMALL:
-                return names
-        return ()
-
     def facts(self, op: str, args: tuple, t: Tensor, names: Names) -> Weight:
-        """Return what is known of a weight; measured once."""
+        """Return what is known of a weight; measured once, by at most about 260,000 entries."""
         if (key := (names, tuple(t.shape))) in self.weights:
             return self.weights[key]
-        if "conv" in op:
-            transposed = len(args) > 6 and args[6] is True
-            units = (t.transpose(0, 1) if transposed else t).flatten(1)
-            strides = math.prod(args[3]) if transposed else 1
-            fan_in = max(1, units.shape[1] // strides // (args[8] if transposed else 1))
-        elif op in LOOKUPS:
-            units, fan_in = t.flatten(1), 1
-        elif op in PRODUCTS - {"linear", "_trilinear"}:
+        units, share = t.detach(), 1
+        if "conv" in op and len(args) > 6 and args[6] is True:  # transposed
+            units, share = units.transpose(0, 1), math.prod(args[3]) * args[8]
+        elif op in PRODUCTS - LOOKUPS - {"linear", "_trilinear"}:  # (..., units, entries)
             right = [a for a in args if isinstance(a, Tensor)][-1] is t
-            units = t.transpose(-1, -2) if right else t
-            fan_in = units.shape[-1]
-        else:
-            units = t.flatten(1)
-            fan_in = units.shape[1]
-        return self.weights.setdefault(
-            key, _facts(names, units.detach(), fan_in, self.trains(names))
-        )
+            units = units.transpose(-1, -2) if right else units
+        units = units if "mm" in op and units.dim() > 2 else units.flatten(1)
+        fan_in = 1 if op in LOOKUPS else max(1, units.shape[-1] // share)
+        sample = units.reshape(-1)[:: (units.numel() >> 18) | 1].double()
+        # The first row of an embedding may be that of the padding.
+        last, others = units[..., -1:, :], units[..., 1 if fan_in == 1 else 0 : -1, :]
+        equal = others.shape[-2] > 0 and torch.equal(others[..., :1, :], last)
+        equal = equal and bool((others == last).all())
+        mean, std = sample.mean().item(), sample.std(correction=0).item()
+        made = Weight(names, units.numel(), fan_in, mean, std, equal, self.trains(names))
+        return self.weights.setdefault(key, made)
 
     def trains(self, names: Names) -> bool:
         return any(self.parameters[n] in self.trained for n in names)
 
     def complete(self, row: dict[str, Any], y: Tensor) -> None:
-        """Add what is measured after the operation."""
-        row |= {"shape": tuple(y.shape), "output": y, **measured(y, self.n)}
+        """Add a row, with what is measured after the operation."""
+        row |= {"module": self.running[-1] if self.running else None, "output": y}
+        row |= {"shape": tuple(y.shape), **measured(y, self.n)}
         if row.get("learned"):  # it does not depend on the inputs
             row["signal"] = math.nan
         axis = 1 if "conv" in row["op"] or "batch_norm" in row["op"] or "group" in row["op"] else -1
         sources = [self.rows[i] for i in row["parents"]]
-        if row["role"] in ("activation", "norm") and "conv" not in row["op"] and sources:
-            source = sources[-1]
-            axis = source["axis"]
-            if y.dim() <= abs(axis) or y.shape[axis] != source["features"]:
-                flat = math.prod(y.shape[1:]) == source["features"]
-                axis = 0 if flat else -1 if y.shape[-1] == source["features"] else axis
+        if row["role"] in ("activation", "norm") and sources:
+            axis, size = sources[-1]["axis"], sources[-1]["features"]
+            if y.dim() <= abs(axis) or y.shape[axis] != size:
+                flat = math.prod(y.shape[1:]) == size
+                axis = 0 if flat else -1 if y.shape[-1] == size else axis
         axis = min(axis, y.dim() - 1)
-        features = math.prod(y.shape[1:]) if axis == 0 else y.shape[axis]
-        row |= {"axis": axis, "features": features}
+        row |= {"axis": axis, "features": math.prod(y.shape[1:]) if axis == 0 else y.shape[axis]}
         if row["role"] == "activation" and row["op"] in DYING and not row["clipped"]:
             others = [0] if axis == 0 else [d for d in range(y.dim()) if d != axis % y.dim()]
             v = y.detach()
             high = v.amax(others) if others else v
+            row["dead"] = 0.0
             if bool((high == 0).any()):
                 low = v.amin(others) if others else v
                 row["above"] = int((low > 0).sum())
                 row["dead"] = ((high == 0) & (low == 0)).double().mean().item()
-            else:
-                row["dead"] = 0.0
+        self.rows.append(row)
 
     def settle(self, start: int, call: str, out: Any) -> None:
         """Hook the gradients of rows whose function has returned, with the shape it returned."""
         for row in self.rows[start:]:
-            y = row.pop("output", None)
-            if y is None:
+            if (y := row.pop("output", None)) is None:
                 continue
             same = (t for t in tensors(out) if t.numel() == y.numel() and _key(t) == _key(y))
-            if (outer := next(same, None)) is not None and len(self.rows) == start + 1:
-                row |= {"shape": tuple(outer.shape), "call": call}
-            y = y if outer is None else outer
+            if (outer := next(same, None)) is not None:
+                y = outer
+                if len(self.rows) == start + 1:
+                    row |= {"shape": tuple(outer.shape), "call": call}
             if y.requires_grad:
                 # Such a hook still sees the gradient of this value when y is overwritten in place.
                 y.register_hook(lambda g, row=row: row.update(grad_rms=rms(g)))
+
+    def recur(self, name: str, x: Tensor | None, y: Tensor | None) -> bool:
+        """Add one row for all that a recurrent function did; return whether it did something."""
+        weights = [n for n in self.group["weights"] if self.parameters[n].dim() > 1]
+        if y is None or not weights:
+            return False
+        names = tuple(n for n in self.parameters if n in weights)
+        facts = tuple(self.facts("linear", (), self.parameters[n], (n,)) for n in names)
+        row = {"role": "mixer", "op": name, "weights": facts, "names": names}
+        self.complete(row | {"parents": self.group["parents"]} | _given(x, self.n), y)
+        return True
 
 
 class Watch(TorchFunctionMode):
@@ -278,7 +278,7 @@ class Watch(TorchFunctionMode):
         flow, name, kwargs = self.flow, getattr(func, "__name__", ""), kwargs or {}
         start = len(flow.rows)
         if name in RECURRENT and flow.group is None and not flow.closed:
-            flow.group = {"weights": {}, "parents": frozenset(), "x": first_float(args)}
+            flow.group = {"weights": set(), "parents": frozenset()}
         # Tokens that are learned are data to a layer.
         if name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(flow.of(args[0]), tuple):
             flow.as_data = _key(args[0])
@@ -286,62 +286,46 @@ class Watch(TorchFunctionMode):
             out = func(*args, **kwargs)
             flow.paused = True
             if flow.group is not None:
-                self.recur(name, out)
-                if torch.is_grad_enabled() and len(flow.rows) > start:
+                added = flow.recur(name, first_float(args), first_float(out))
+                if added and torch.is_grad_enabled():
                     flow.rows[-1]["memory"] = _memory(func, args, kwargs)
             flow.settle(start, name, out)
         finally:
             flow.paused, flow.group, flow.as_data = False, None, None
         return out
 
-    def recur(self, name: str, out: Any) -> None:
-        """Add one row for all that a recurrent function did."""
-        flow, group = self.flow, self.flow.group
-        y = first_float(out)
-        if group is None or y is None or not group["weights"]:
-            return
-        weights = {n: t for n, t in group["weights"].items() if flow.parameters[n].dim() > 1}
-        facts = [flow.facts("linear", (), flow.parameters[n], (n,)) for n in weights]
-        row = {"role": "mixer", "op": name, "weights": tuple(facts), "names": tuple(weights)}
-        row |= {"parents": group["parents"], "clipped": False}
-        row["module"] = flow.running[-1] if flow.running else None
-        x = group["x"]
-        if x is not None:
-            size = measured(x, flow.n)
-            row |= {"in_rms": size["rms"], "in_signal": size["signal"]}
-        flow.complete(row, y)
-        flow.rows.append(row)
-
 
 def watched(
     model: nn.Module, x: Any, target: Any, loss: Callable[..., Tensor] | None
 ) -> tuple[list[LayerTrace], dict[str, Any]]:
     """Run the model once; return its rows, and what else the verdict needs to know."""
-    for name in ("module", "_orig_mod"):  # DataParallel and its kin; torch.compile
-        while isinstance(inner := getattr(model, name, None), nn.Module) and (
-            name == "_orig_mod" or hasattr(model, "device_ids")
-        ):
-            model = inner
+    while isinstance(inner := _wrapped(model), nn.Module):
+        model = inner
     _refuse(model, x)
     parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
-    trains, starts = {p for p in parameters if p.requires_grad}, []
+    starts: list[Tensor] = []
+
+    def fresh(t: Tensor) -> Tensor:
+        t = t.detach().clone()
+        if loss is None or parameters or not t.is_floating_point():
+            return t
+        starts.append(t.requires_grad_())
+        return t.clone()  # which the model may change in place
+
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        copies = mapped(lambda t: t.detach().clone(), x)
-        if loss is not None and not parameters:
-            starts = [t.requires_grad_() for t in tensors(copies) if t.is_floating_point()]
-            copies = mapped(lambda t: t.clone(), copies)  # which the model may change in place
         devices = {t.device for t in (*tensors(x), *model.parameters()) if t.is_cuda}
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.set_grad_enabled(loss is not None))
+        copies = copy.deepcopy(x, {id(t): fresh(t) for t in tensors(x)})
+        trained = {p for p in parameters if p.requires_grad}
         stack.enter_context(_kept(model, loss is not None))
-        flow = Flow(model, copies, trains)
-        watch = Watch(flow)
+        flow = Flow(model, copies, trained)
         args, kwargs = ((), dict(copies)) if isinstance(copies, Mapping) else (copies, {})
         args = args if isinstance(args, tuple | list) else (args,)
         torch.clear_autocast_cache()  # its copies of the weights would be strangers
         stack.callback(torch.clear_autocast_cache)
-        with _hooked(flow), flow, watch:
+        with _hooked(flow), flow, Watch(flow):
             output = model(*args, **kwargs)
             flow.closed = True
             if not flow.rows:
@@ -354,23 +338,29 @@ def watched(
                     got = f"{value!r}" if shape is None else f"shape {tuple(shape)}"
                     raise ValueError(f"the loss must be a scalar tensor, got {got}")
             ends = [flow.of(t) for t in tensors(output if value is None else value)]
+        made = [t for t in tensors(output) if t.is_floating_point() and t.numel()]
+        made = [t for t in made if isinstance(flow.of(t), Data)]
         info: dict[str, Any] = {
             "n": flow.n,
             "ends": frozenset().union(*(k.origins for k in ends if isinstance(k, Data))),
             "sizes": {n: p.numel() for n, p in flow.parameters.items() if p.dim() > 1},
             "trained": _trained(model),
             "graded": loss is not None,
-            "value": None if value is None else value.detach().double().item(),
-            "target": target if isinstance(target, Tensor) else None,
+            "guess": flow.guess,
+            "outputs": [measured(t, flow.n) for t in made],
         }
-        first = first_float(copies)
-        info |= {} if first is None else {f"x_{k}": v for k, v in measured(first, flow.n).items()}
         grads: dict[str, float] = {}
         if value is not None:
             if not value.requires_grad:
                 raise ValueError("the loss does not depend on any layer or parameter")
             grads = _gradients(value, flow, starts)
     return _named(flow, grads), info
+
+
+def _wrapped(model: nn.Module) -> Any:
+    """Return what torch.compile, or DataParallel and its kin, wrap."""
+    module = getattr(model, "module", None) if hasattr(model, "device_ids") else None
+    return getattr(model, "_orig_mod", module)
 
 
 def _refuse(model: nn.Module, x: Any) -> None:
@@ -380,12 +370,10 @@ def _refuse(model: nn.Module, x: Any) -> None:
             raise ValueError(f"{what}, which hides its operations; trace what it was made from")
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("the model has layers without a shape (lazy); run it once")
-    for t in (*tensors(x), *model.parameters(), *model.buffers()):
-        if t.is_meta:
-            raise ValueError("model or x is on the meta device, which holds no numbers")
-    for t in tensors(x):
-        if not t.numel():
-            raise ValueError(f"x is empty, of shape {tuple(t.shape)}")
+    if any(t.is_meta for t in (*tensors(x), *model.parameters(), *model.buffers())):
+        raise ValueError("model or x is on the meta device, which holds no numbers")
+    if empty := [tuple(t.shape) for t in tensors(x) if not t.numel()]:
+        raise ValueError(f"x is empty, of shape {empty[0]}")
 
 
 @contextmanager
@@ -425,9 +413,7 @@ def _hooked(flow: Flow) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for m in flow.paths:
-            if any(hasattr(m, name) for name in ("_orig_mod", "_compiled_call_impl")) and getattr(
-                m, "_compiled_call_impl", True
-            ):
+            if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None):
                 hooks.enter_context(torch.compiler.set_stance("force_eager"))
             hooks.enter_context(m.register_forward_pre_hook(before))
             hooks.enter_context(m.register_forward_hook(after))
@@ -466,56 +452,59 @@ def _reenters(value: Tensor) -> bool:
 
 
 def _named(flow: Flow, grads: dict[str, float]) -> list[LayerTrace]:
-    """Return the rows that were drafted, with their names."""
+    """Return the rows that were drafted, with their names, and what their weights ask for."""
     calls: Counter[str] = Counter()
     fields = {f.name for f in dataclasses.fields(LayerTrace)}
-    rows = []
+    after = defaultdict(list)
     for row in flow.rows:
-        name, kind = _name(flow, row)
+        for i in row["parents"]:
+            after[i].append(row)
+    rows = []
+    for i, row in enumerate(flow.rows):
+        name, row["kind"] = _name(flow, row)
         calls[name] += 1
         row["name"] = name + (f"#{calls[name]}" if calls[name] > 1 else "")
-        row["kind"], row["parents"] = kind, tuple(sorted(row["parents"]))
-        weights = tuple(
-            dataclasses.replace(w, grad_rms=max(found))
-            if (found := [grads[n] for n in w.names if n in grads])
-            else w
-            for w in row.get("weights", ())
-        )
-        row["weights"] = weights
-        own = row["module"]._parameters.get("weight") if row["module"] is not None else None
-        slope = next((n for n, p in flow.parameters.items() if p is own), "") if not weights else ""
-        graded = weights[0] if weights else None
-        if graded is not None and graded.trains:
-            row["weight_grad_rms"] = grads.get(graded.names[0])
-        elif slope and flow.trains((slope,)):
-            row["weight_grad_rms"] = grads.get(slope)
+        row["parents"] = tuple(sorted(row["parents"]))
+        weights = row.get("weights", ())
+        largest = [max((grads[n] for n in w.names if n in grads), default=None) for w in weights]
+        pairs = zip(weights, largest, strict=True)
+        row["weights"] = tuple(dataclasses.replace(w, grad_rms=g) for w, g in pairs)
+        if weights:
+            names, row["weight_std"] = weights[0].names[:1], weights[0].std
+            if row["role"] == "layer":
+                op = after[i][0]["op"] if len(after[i]) == 1 else ""
+                row["asked_std"] = GAINS.get(op, 1.0) / math.sqrt(weights[0].fan_in)
+        else:
+            own = row["module"]._parameters.get("weight") if row["module"] is not None else None
+            names = tuple(n for n, p in flow.parameters.items() if p is own)
+        if names and flow.trains(names):
+            row["weight_grad_rms"] = grads.get(names[0])
         rows.append(LayerTrace(**{k: v for k, v in row.items() if k in fields}))
     return rows
 
 
 def _name(flow: Flow, row: dict[str, Any]) -> tuple[str, str]:
+    """Return name and kind of a row: those of its module, or of a parameter or function in it."""
     module, names = row["module"], row.get("names", ())
     call = row.get("call", row["op"]).strip("_").replace("_", "")
     if module is None:
         return call, call
-    path = flow.paths[module]
-    root = path or type(module).__name__
-    own = {n: p for n, p in module.named_parameters(recurse=False)}
+    path, kind = flow.paths[module], type(module).__name__
+    prefix = f"{path}." if path else ""
+    own = dict(module.named_parameters(recurse=False))
     if not names:
         weighed = any(p.dim() > 1 for p in own.values())
-        leaf = not any(True for _ in module.children()) and not weighed
-        if leaf or (row["role"] in ("norm", "affine") and own and not weighed):
-            return root, type(module).__name__
-        return (f"{path}.{call}" if path else call), call
+        leaf = not any(True for _ in module.children())
+        normed = row["role"] in ("norm", "affine") and own
+        return (path or kind, kind) if not weighed and (leaf or normed) else (prefix + call, call)
     if len(names) > 1:
-        inside = all(n.startswith(f"{path}.") or not path for n in names)
-        return (root, type(module).__name__) if inside else (names[0].rpartition(".")[0], call)
-    parameter = flow.parameters[names[0]]
-    tied = next((n for n, p in own.items() if p is parameter), None)
-    full = names[0] if tied is None else f"{path}.{tied}" if path else tied
+        inside = all(n.startswith(prefix) for n in names)
+        return (path or kind, kind) if inside else (names[0].rpartition(".")[0], call)
+    tied = next((n for n, p in own.items() if p is flow.parameters[names[0]]), None)
+    full = names[0] if tied is None else prefix + tied
     full = re.sub(r"parametrizations\.(\w+)\.original\d?", r"\1", full)
     short = full.removesuffix(".weight") if full != "weight" else ""
-    return (root, type(module).__name__) if short == path else (short or root, call)
+    return (path or kind, kind) if short == path else (short or kind, call)
 
 
 def _clean(name: str) -> str:
@@ -534,59 +523,56 @@ def measured(y: Tensor, n: int) -> dict[str, float]:
     """Return mean, std, rms and signal of y, with sums in float64, block by block."""
     v = _by_input(y.detach(), n)
     n, size = v.shape
-    means, squares = _passes(v, None)
+    means, squares = _sums(v)
     shared = n * torch.dot(means, means)
     within = squares - shared
     if n > 1 and not within > 1e-6 * squares:  # else rounding counts: again, from the first input
-        shifts, apart = _passes(v, v[0])
+        shifts, apart = _sums(v, v[0])
         within = apart - n * torch.dot(shifts, shifts)
     mean = means.mean()
     means -= mean
     between = n * torch.dot(means, means)
     count = v.numel()
-    squares = squares / count
-    variances = [(within + between) / (count - 1 or math.nan)]
-    variances.append(within / (count - size or math.nan))
+    variances = (within + between) / (count - 1 or math.nan), within / (count - size or math.nan)
     std, signal = (math.sqrt(max(0.0, s)) if s == s else math.nan for s in map(float, variances))
-    return {"mean": mean.item(), "std": std, "rms": squares.sqrt().item(), "signal": signal}
+    rms = (squares / count).sqrt().item()
+    return {"mean": mean.item(), "std": std, "rms": rms, "signal": signal}
 
 
-def _passes(v: Tensor, origin: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return, of v (n, size) less its origin, the means over n, and the sum of all squares."""
-    n, size = v.shape
+def _blocks(v: Tensor, origin: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the columns of v (n, size), less its origin, as (n, columns) in float64."""
     on = torch.device("cpu") if v.device.type == "mps" else v.device  # mps has no float64
-    width = max(1, BLOCK * (64 if on.type != "cpu" else 1) // n)
-    means = torch.empty(size, dtype=torch.float64, device=on)
-    total = torch.zeros((), dtype=torch.float64, device=on)
-    share = torch.full((n,), 1 / n, dtype=torch.float64, device=on)
-    space = torch.empty(n * min(width, size), dtype=torch.float64, device=on)
-    for start in range(0, size, width):
+    width = max(1, BLOCK * (64 if on.type != "cpu" else 1) // len(v))
+    space = torch.empty(len(v) * min(width, v.shape[1]), dtype=torch.float64, device=on)
+    for start in range(0, v.shape[1], width):
         part = v[:, start : start + width]
-        flat = space[: part.numel()]
-        block = flat.view(part.shape).copy_(part)
+        block = space[: part.numel()].view(part.shape).copy_(part)
         if origin is not None:
             block -= origin[start : start + width].to(block)
-        if n > 1:
-            torch.mv(block.t(), share, out=means[start : start + width])
-        else:
-            means[start : start + width] = flat
-        total += torch.dot(flat, flat)
+        yield slice(start, start + width), block
+
+
+def _sums(v: Tensor, origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return, of v (n, size) less its origin, the means over n, and the sum of all squares."""
+    n, means, total = len(v), None, 0.0
+    for columns, block in _blocks(v, origin):
+        if means is None:
+            means, share = block.new_empty(v.shape[1]), block.new_full((n,), 1 / n)
+        torch.mv(block.t(), share, out=means[columns])
+        total = total + torch.dot(block.view(-1), block.view(-1))
     return means, total
 
 
 def rms(g: Tensor) -> float:
     """Return the root mean square of a tensor, dense or sparse."""
-    count = g.numel()
-    g = g.coalesce().values() if g.is_sparse else g
-    v = _by_input(g.detach(), 1)[0]
-    on = torch.device("cpu") if v.device.type == "mps" else v.device
-    size = BLOCK * (64 if on.type != "cpu" else 1)
-    space = torch.empty(min(size, len(v)), dtype=torch.float64, device=on)
-    total = torch.zeros((), dtype=torch.float64, device=on)
-    for part in v.split(size):
-        block = space[: len(part)].copy_(part)
-        total += torch.dot(block, block)
-    return math.sqrt(total.item() / max(count, 1))
+    v = _by_input((g.coalesce().values() if g.is_sparse else g).detach(), 1)
+    total = sum(torch.dot(block[0], block[0]).item() for _, block in _blocks(v))
+    return math.sqrt(total / max(g.numel(), 1))
+
+
+def _given(x: Tensor | None, n: int) -> dict[str, float]:
+    size = {} if x is None else measured(x, n)
+    return {f"in_{name}": size[name] for name in ("rms", "signal") if size}
 
 
 def _by_input(y: Tensor, n: int) -> Tensor:
@@ -619,38 +605,39 @@ def _memory(func: Callable, args: tuple, kwargs: dict) -> float | None:
     return rms(grad.select(steps, 0)) / now if x.shape[steps] > 1 and now else None
 
 
-def _facts(names: Names, units: Tensor, fan_in: int, trains: bool) -> Weight:
-    """Measure a weight (..., units, entries), by a sample of at most about 260,000 entries."""
-    count = units.numel()
-    flat = units.reshape(-1)
-    sample = flat[:: (count >> 18) | 1].double()
-    mean, std = sample.mean().item(), sample.std(correction=0).item()
-    z = (sample - mean) / std if std > 0 else sample
-    # The first row of an embedding may be that of the padding.
-    last, others = units[..., -1:, :], units[..., 1 if fan_in == 1 else 0 : -1, :]
-    equal = others.shape[-2] > 0 and torch.equal(others[..., :1, :], last)
-    equal = equal and bool((others == last).all())
-    kurtosis = z.square().square().mean().item() - 3 if std > 0 else 0.0
-    return Weight(names, count, fan_in, mean, std, kurtosis, equal, trains)
-
-
-def _joined(op: str, args: tuple, data: list) -> Data:
+def _joined(op: str, args: tuple, data: list[tuple[Tensor, Data]]) -> Data:
     """Return what the output of an operation is that makes no row."""
     if "scaled_dot_product" in op:  # the values are averaged, queries and keys only choose
         data = [(t, kind) for t, kind in data if t is args[2]] or data
-    forms = {kind.form for _, kind in data}
-    if "shares" in forms and len(forms) > 1:
+    if len({kind.form for _, kind in data}) > 1:
         data = [(t, kind) for t, kind in data if kind.form != "shares"]
-        forms.discard("shares")
+    forms = {kind.form for _, kind in data}
     origins = frozenset().union(*(kind.origins for _, kind in data))
-    root = op in ROOTS or (op == "pow" and args[1] in (0.5, -0.5))
-    form = "root" if root else "shares" if op in SOFTMAX else min(forms) if len(forms) == 1 else ""
-    return Data(origins, None, form)
+    form, scalar = forms.pop() if len(forms) == 1 else "", 1.0
+    if op in ROOTS or (op == "pow" and args[1] in (0.5, -0.5)):
+        form = "root"
+    elif op in SOFTMAX:
+        form = "shares"
+    elif op == "mul" and any(kind.origins != origins for _, kind in data):
+        form = "product"
+    if len(data) == 1 and op in COPIES:
+        scalar = data[0][1].scalar
+    elif len(data) == 1 and op in ("mul", "div") and isinstance(args[1], int | float):
+        scalar = data[0][1].scalar * (args[1] if op == "mul" else 1 / (args[1] or 1.0))
+    return Data(origins, None, form, scalar)
 
 
-def _whole(new: Data | Names) -> Data | Names:
-    """Return what integers keep: that they are data, not where they come from."""
-    return Data() if isinstance(new, Data) else new
+def _small(given: list[tuple[Tensor, Any]]) -> Names:
+    """Return the parameters of a small factor for each channel, as LayerScale has."""
+    found = (names for t, names in given if isinstance(names, tuple) and rms(t) < SMALL)
+    return next(found, ())
+
+
+def _written(schema: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """Yield the tensors that an operation overwrites."""
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
 
 
 def _key(t: Tensor) -> int:
@@ -664,35 +651,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from tensors(getattr(value, item.name))
-
-
-def mapped(f: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return a copy of a nest of tensors with f of each."""
-    if isinstance(value, Tensor):
-        return f(value)
-    if isinstance(value, tuple | list):
-        items = [mapped(f, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return
+    items: Any = ()
     if isinstance(value, Mapping):
-        new = copy.copy(value)
-        for key, item in value.items():
-            new[key] = mapped(f, item)
-        return new
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for item in dataclasses.fields(value):
-            object.__setattr__(new, item.name, mapped(f, getattr(value, item.name)))
-        return new
-    return value
+        items = value.values()
+    elif isinstance(value, tuple | list):
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = (getattr(value, item.name) for item in dataclasses.fields(value))
+    for item in items:
+        yield from tensors(item)
 
 
 def first_float(value: Any) -> Tensor | None:

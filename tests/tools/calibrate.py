@@ -1,14 +1,16 @@
 """How often `trace(...).problems()` is wrong: sound nets, and nets with a planted fault.
 
 `python tests/tools/calibrate.py` counts on 200 sound draws and on each fault with 5 seeds; with
-`power` it prints which factor on one layer, and which n Var(w) in all layers, is found in half and
-in 95 % of 20 draws of plain stacks. The tests run a few of both.
+`power` it records which factor on one layer, and which n Var(w) in all layers, is found in half and
+in 95 % of 20 draws of plain stacks, and goes on where it stopped. The tests run a few of both.
 """
 
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
 
 import torch
 import torchvision
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from initlab import Trace, conv_stack, initialize_, trace
 
+POWER = Path(__file__).parents[2] / "data" / "survey" / "power.csv"
+COLUMNS = "depth,width,where,up_50,up_95,down_50,down_95"
 Case = tuple[str, nn.Module, Tensor]
 
 
@@ -240,30 +244,28 @@ def strayed(depth: int, width: int, factor: float, where: str) -> bool:
         return bool(judge(net, torch.randn(32, width)).problems())
 
 
-def power(draws: int = 20) -> None:
-    """Print the smallest factors, of a grid, that are found in half and in 95 % of draws."""
-    print("| depth | width | where | up, 50 % | up, 95 % | down, 50 % | down, 95 % |")
-    print("|---|---|---|---|---|---|---|")
-    for depth in (4, 10, 20, 50):
-        for width in (16, 64, 256):
-            for where in ("one", "all"):
-                cells = []
-                for sign in (1, -1):
-                    shares = {}
-                    for step in range(1, 13):
-                        size = 1.5**step if where == "one" else 1.1**step
-                        torch.manual_seed(step)
-                        found = [strayed(depth, width, size**sign, where) for _ in range(draws)]
-                        shares[size**sign] = sum(found) / draws
-                        if shares[size**sign] == 1:
-                            break
-                    for share in (0.5, 0.95):
-                        first = next((f for f, s in shares.items() if s >= share), math.nan)
-                        first = 2 * first**2 if where == "all" else first
-                        cells.append(f"{first:.2g}")
-                what = "n Var(w) of all" if where == "all" else "factor on one"
-                print(f"| {depth} | {width} | {what} | {' | '.join(cells)} |", flush=True)
+def power(path: Path, draws: int = 20) -> None:
+    """Record the smallest factors, of a grid, that are found in half and in 95 % of draws."""
+    done = path.read_text().splitlines() if path.exists() else [COLUMNS]
+    path.write_text("\n".join(done) + "\n")
+    for depth, width, where in product((4, 10, 20, 50), (16, 64, 256), ("one", "all")):
+        line = f"{depth},{width},{where}"
+        if any(known.startswith(f"{line},") for known in done):
+            continue
+        for sign in (1, -1):
+            shares = {}
+            for step in range(1, 13):
+                factor = (1.5 if where == "one" else 1.1) ** (sign * step)
+                torch.manual_seed(step)
+                found = sum(strayed(depth, width, factor, where) for _ in range(draws)) / draws
+                shares[factor if where == "one" else 2 * factor**2] = found
+                if found == 1:
+                    break
+            for share in (0.5, 0.95):
+                line += f",{next((f for f, s in shares.items() if s >= share), math.nan):.2g}"
+        with path.open("a") as file:
+            print(line, file=file)
 
 
 if __name__ == "__main__":
-    power() if sys.argv[1:] == ["power"] else main()
+    power(POWER) if sys.argv[1:] == ["power"] else main()

@@ -12,12 +12,9 @@ these rows again. `summary` counts what the README there quotes.
 import argparse
 import contextlib
 import csv
-import dataclasses
-import functools
 import io
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -25,7 +22,7 @@ import subprocess
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import initlab
+from initlab.diagnose.cli import random_direction
+from initlab.diagnose.watch import first_float, tensors
 
 HERE = Path(__file__).parents[2] / "data" / "survey"
 SEEDS = 0, 1, 2
@@ -81,29 +80,6 @@ def call(model: nn.Module, x: Any) -> Any:
     return model(*x) if isinstance(x, tuple) else model(x)
 
 
-def first(output: Any) -> Tensor:
-    """Return the first tensor of real numbers: what the loss is made of."""
-    return next(t for t in tensors(output) if t.is_floating_point())
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        yield from tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
-    elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
-
-
-def random_direction(output: Any) -> Tensor:
-    """Return the loss of `initlab trace`, whose gradient is as large for any output."""
-    y = first(output)
-    return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)).sum()
-
-
 # Sound networks
 
 
@@ -116,13 +92,27 @@ def verdict(model: nn.Module, x: Any, seed: int) -> dict[str, Any]:
         problems = rows.problems()
         print(*problems, sep="\n", flush=True)
     except Exception as error:  # whatever it is, it goes on record
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        return {"error": f"{own_error(model, x)}{type(error).__name__}: {error}"[:300]}
     return {
         "seconds": f"{time.process_time() - start:.2f}",
         "rows": len(rows),
         "seen": rows.seen().partition(" ")[0],
-        "problems": "; ".join(f"{p.layer}: {p.kind}" for p in problems),
+        "problems": "; ".join(map(told, problems)),
     }
+
+
+def told(problem: initlab.Problem) -> str:
+    idle = " (idle BatchNorm)" if "BatchNorm in eval mode" in problem.reason else ""
+    return f"{problem.layer}: {problem.kind}{idle}"
+
+
+def own_error(model: nn.Module, x: Any) -> str:
+    """Return "no run: " if the network by itself cannot run, or not back."""
+    try:
+        random_direction(call(model, x)).backward()
+    except RuntimeError:
+        return "no run: "
+    return ""
 
 
 def sound(net: Network, mode: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -135,12 +125,12 @@ def sound(net: Network, mode: str, seed: int) -> Iterator[dict[str, Any]]:
 
 
 class Use(NamedTuple):
-    """One multiplication of data by weights; sets of uses are the bits of an int."""
+    """One multiplication of data by weights."""
 
     names: frozenset[str]  # of the parameters of 2 dimensions or more
     given: float  # rms of the data
-    parents: int  # the uses whose results reach this one with no other in between
-    ancestors: int
+    parents: frozenset[int]  # the uses whose results reach this one with no other in between
+    ancestors: frozenset[int]
 
 
 class Origin(NamedTuple):
@@ -148,8 +138,8 @@ class Origin(NamedTuple):
 
     by: "Uses"
     names: frozenset[str] = frozenset()
-    fed: int | None = None
-    direct: int = 0  # the use whose result it is, as it was put out
+    fed: frozenset[int] | None = None
+    direct: frozenset[int] = frozenset()  # the use whose result it is, as it was put out
 
 
 class Uses(TorchDispatchMode):
@@ -168,10 +158,10 @@ class Uses(TorchDispatchMode):
         self.known = {id(p): Origin(self, frozenset({n})) for n, p in model.named_parameters()}
         self.small = {id(p) for p in model.parameters() if p.dim() < 2}
         for tensor in tensors(x):
-            tensor.origin = Origin(self, fed=0)
+            tensor.origin = Origin(self, fed=frozenset())
         self.uses: list[Use] = []
-        self.ends = 0  # uses whose result is added to a stream that they are not on
-        self.rectified = 0  # uses whose result goes to a ReLU
+        self.ends: set[int] = set()  # uses whose result is added to a stream that they are not on
+        self.rectified: set[int] = set()  # uses whose result goes to a ReLU
 
     def origin(self, tensor: Tensor) -> Origin | None:
         known = self.known.get(id(tensor), getattr(tensor, "origin", None))
@@ -186,15 +176,15 @@ class Uses(TorchDispatchMode):
         multiplies = bool(data and names and self.MULTIPLY.search(kind))
         rms = _rms(data[0][0]) if multiplies else 0.0
         out = func(*args, **kwargs or {})
-        fed = functools.reduce(operator.or_, (o.fed for _, o in data), 0)
-        direct = data[0][1].direct if data and kind in self.VIEWS else 0
+        fed = frozenset().union(*(o.fed for _, o in data))
+        direct = data[0][1].direct if data and kind in self.VIEWS else frozenset()
         if multiplies:
-            self.uses.append(Use(names, rms, fed, self.ancestors(fed) | fed))
-            fed = direct = 1 << (len(self.uses) - 1)
+            self.uses.append(Use(names, rms, fed, fed | self.ancestors(fed)))
+            fed = direct = frozenset({len(self.uses) - 1})
         elif len(data) == 2 and kind in ("add", "sub"):
             one, other = (o.fed for _, o in data)
-            self.ends |= one & ~other & ~self.ancestors(other)
-            self.ends |= other & ~one & ~self.ancestors(one)
+            self.ends |= one - other - self.ancestors(other)
+            self.ends |= other - one - self.ancestors(one)
         elif data and kind in self.RELUS:
             self.rectified |= data[0][1].direct
         new = Origin(self, fed=fed, direct=direct) if data else Origin(self, names)
@@ -203,23 +193,16 @@ class Uses(TorchDispatchMode):
                 made.origin = new
         return out
 
-    def ancestors(self, uses: int) -> int:
-        return functools.reduce(operator.or_, (self.uses[i].ancestors for i in _bits(uses)), 0)
+    def ancestors(self, uses: frozenset[int]) -> frozenset[int]:
+        return frozenset().union(*(self.uses[i].ancestors for i in uses))
 
-    def of(self, weight: str) -> int:
-        return sum(1 << i for i, use in enumerate(self.uses) if weight in use.names)
+    def of(self, weight: str) -> set[int]:
+        return {i for i, use in enumerate(self.uses) if weight in use.names}
 
     def next(self, weight: str) -> Use | None:
         """Return the first use of another weight that is fed by this one."""
         own = self.of(weight)
         return next((u for u in self.uses if u.parents & own and weight not in u.names), None)
-
-
-def _bits(value: int) -> Iterator[int]:
-    while value:
-        low = value & -value
-        yield low.bit_length() - 1
-        value ^= low
 
 
 def _rms(tensor: Tensor) -> float:
@@ -230,7 +213,7 @@ def observe(model: nn.Module, x: Any, seed: int) -> tuple[Uses, float]:
     """Run the network once, and return its uses of weights and the rms of its output."""
     torch.manual_seed(seed)
     with torch.no_grad(), Uses(model, x) as uses:
-        output = first(call(model, x))
+        output = first_float(call(model, x))
     return uses, _rms(output)
 
 
@@ -360,7 +343,7 @@ class Called(nn.Module):
         self.model = model
 
     def forward(self, x: Any) -> Tensor:
-        return first(call(self.model, x))
+        return first_float(call(self.model, x))
 
 
 def square(y: Tensor, _target: Any = None) -> Tensor:
@@ -490,7 +473,7 @@ def read(part: str) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
-def table(head: str, rows: Iterator[list[Any]]) -> None:
+def table(head: str, rows: Iterable[Sequence[Any]]) -> None:
     columns = head.split(", ")
     for cells in (columns, ["---"] * len(columns), *rows):
         print(f"| {' | '.join(map(str, cells))} |")
@@ -502,43 +485,46 @@ def yes(rows: list[dict[str, str]], *columns: str) -> list[int]:
 
 
 def summary() -> None:
-    by_hand = {(r["network"], r["mode"], r["kind"]): r["verdict"] for r in read("judged")}
-    records = {part: read(part) for part in RUNS}
+    """Print the tables of the README."""
+    right = [r for r in read("judged") if r["verdict"] == "true"]
+    true = {(r["network"], mode, r["kind"]) for r in right for mode in r["mode"].split()}
+    sound, faults, peers = map(read, RUNS)
 
     def of_mode(mode: str) -> list[Any]:
-        rows = [r for r in records["sound"] if r["mode"] == mode]
-        said = [r for r in rows if r["problems"]]
-        false = sum(
-            any(
-                by_hand.get((r["network"], mode, p.rpartition(": ")[2])) != "true" for p in problems
-            )
-            for r in said
-            if (problems := r["problems"].split("; "))
+        rows = [r for r in sound if r["mode"] == mode]
+        told = [
+            {(r["network"], mode, p.rpartition(": ")[2]) for p in r["problems"].split("; ")}
+            for r in rows
+            if r["problems"]
+        ]
+        left = [{k for k in kinds if "(idle" not in k[2]} for kinds in told]
+        idle, false = sum(not kinds for kinds in left), sum(not kinds <= true for kinds in left)
+        failed = [r["error"] for r in rows if not r["error"].startswith("no run")]
+        nets, share = (
+            len({r["network"] for r in rows}),
+            f"{false} ({false / max(len(rows), 1):.1%})",
         )
-        crashes, nets = sum(bool(r["error"]) for r in rows), len({r["network"] for r in rows})
-        share = f"{false} ({false / max(len(rows), 1):.1%})"
-        return [mode, nets, len(rows), crashes, len(said), share]
+        return [mode, nets, len(rows), sum(map(bool, failed)), len(told), idle, share]
 
     def of_fault(column: str, value: str) -> list[Any]:
-        some = [r for r in records["faults"] if r["fault"] and value in ("all", r[column])]
-        counts = [r for r in some if r["counts"] == "True"]
-        rest = [r for r in some if r["counts"] == "False"]
-        return [value, *yes(counts, "found", "named"), *yes(rest, "found", "named")]
+        some = [r for r in faults if r["fault"] and value in ("all", r[column])]
+        parts = ([r for r in some if r["counts"] == counts] for counts in ("True", "False"))
+        return [value, *(number for part in parts for number in yes(part, "found", "named"))]
 
     def of_tool(tool: str) -> list[Any]:
-        rows = [r for r in records["peers"] if r["tool"] == tool]
+        rows = [r for r in peers if r["tool"] == tool]
         whole, faulty = ([r for r in rows if bool(r["fault"]) == f] for f in (False, True))
         seconds = sum(float(r["seconds"]) for r in rows) / max(len(rows), 1)
         crashes = sum(bool(r["error"]) for r in rows)
         found = [*yes(whole, "found"), *yes(faulty, "found", "named")]
         return [tool, *found, crashes, f"{seconds:.1f}"]
 
-    head = "mode, networks, runs, crashes, with a verdict, false or not judged"
+    head = "mode, networks, runs, crashes, with a verdict, idle BatchNorm, false or not judged"
     table(head, map(of_mode, ("train", "eval")))
     for column in ("fault", "weight"):
-        values = sorted({r[column] for r in records["faults"] if r["fault"]})
+        values = [*sorted({r[column] for r in faults if r["fault"]}), "all"]
         head = f"{column}, counts, found, named, does not count, found, named"
-        table(head, (of_fault(column, value) for value in (*values, "all")))
+        table(head, (of_fault(column, value) for value in values))
     head = "tool, sound, false alarms, faults, found, named, crashes, seconds a run"
     table(head, map(of_tool, ("initlab", "torchdiag", "torchmortem")))
 
