@@ -1,6 +1,7 @@
 """The command `initlab`, or `python -m initlab`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             commands.add_parser(name, help=about)
     args = parser.parse_args(given)
-    return args.func(args)
+    try:
+        status = args.func(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, as `head` does, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # 128 + SIGPIPE, as a shell has it
+    return status
 
 
 if __name__ == "__main__":

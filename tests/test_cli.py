@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from initlab.diagnose.cli import add_command
 
+ROOT = Path(__file__).resolve().parents[1]
 MINE = """
 from torch import nn
 def plain(width=7): return nn.Sequential(nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -56,6 +60,14 @@ def test_status_and_first_line(run):
     assert run("module")[0] == 0
     assert run("tokens")[0] == 0
     assert run("Two", "--shape", "3", "--shape", "3")[0] == 0
+    assert run("initlab:conv_stack", "depth=2")[0] == 0  # a module that makes it when asked
+
+
+def test_output_that_nobody_reads_is_no_error():
+    words = [sys.executable, "-m", "initlab", "trace", "initlab:conv_stack", "depth=2"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as made:
+        made.stdout.close()
+        assert (made.stderr.read(), made.wait()) == (b"", 141)
 
 
 def test_json_data_and_picture(run, tmp_path):

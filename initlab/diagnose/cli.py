@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -148,14 +149,14 @@ def _found(where: str, what: str) -> Any:
     if where == "timm":
         return partial(import_module("timm").create_model, what)
     if not where.endswith(".py"):
-        names = vars(import_module(where))
+        home = import_module(where)  # which may make its names when they are asked for
     elif Path(where).exists():
-        names = runpy.run_path(where, run_name=Path(where).stem)
+        home = SimpleNamespace(**runpy.run_path(where, run_name=Path(where).stem))
     else:
         raise RefusedError(f"there is no file {where}")
-    if what not in names:
+    if not hasattr(home, what):
         raise RefusedError(f"{where} has no {what}")
-    return names[what]
+    return getattr(home, what)
 
 
 def _option(text: str) -> tuple[str, Any]:

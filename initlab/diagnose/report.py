@@ -182,7 +182,8 @@ def trace(
     no activation is kept.
 
     Args:
-        model: Any module; a compiled or DataParallel one stands for what it wraps.
+        model: Any module; a compiled or DataParallel one stands for what it wraps (compiled parts
+            inside it need torch 2.6).
         x: Inputs `(n, ...)`: a tensor, a tuple of arguments or a dict of keyword arguments. The
             first dimension of every output is taken for `n`, or for a multiple of it.
         target: What the loss compares the output with.
