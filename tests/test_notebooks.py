@@ -18,6 +18,7 @@ from machines import FIGURE_TOLERANCE, figure_difference
 from regenerate import METADATA, pictures, tags
 
 from initlab import conv_stack, load_mnist, trace
+from initlab.__main__ import main as initlab
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -202,6 +203,13 @@ def test_example_of_the_readme_gives_the_numbers_of_its_comments():
                 assert is_rounded_from(number, found), line
             checked += 1
     assert checked >= 6
+
+
+def test_output_of_the_command_in_the_readme_is_what_it_prints(capsys):
+    command, *_ = re.findall(r"```sh\ninitlab (trace .*?)\n```", prose(README))
+    (output,) = re.findall(r"```text\n(.*?)```", prose(README), re.DOTALL)
+    assert initlab(command.split()) == 1
+    assert capsys.readouterr().out.startswith(output)
 
 
 def run(cell, names):
