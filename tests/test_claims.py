@@ -10,6 +10,8 @@ import pytest
 from initlab.training.record import CHANCE, Run, read
 from initlab.training.statistics import (
     FAMILY,
+    REMEDIES,
+    SECOND,
     causes,
     compare,
     died,
@@ -420,3 +422,33 @@ def test_one_rate_and_more_time():
         [8, 1425, 3250, 7800],
         [8, 925, 2200, 4400],
     ]
+
+
+def test_recipe_of_today():
+    modern = {name: SECOND[name] for name in (f"{depth} layers, AdamW" for depth in (4, 8, 16))}
+    table = compare(RECORD, modern)
+    assert table["outcome"].tolist() == ["equal", "equal", "undecided"]
+    assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[8, 8], [8, 8], [7, 7]]
+    means = table[["default", "Kaiming"]].to_numpy().round(4).tolist()
+    assert means[:2] == [[0.9875, 0.9874], [0.9844, 0.9863]]
+    slow = table[["ratio", "slow from", "slow to"]].to_numpy().round(2).tolist()
+    assert slow[1:] == [[1.26, 1.08, 1.47], [3.47, 2.25, 5.25]]
+    deep = SECOND["16 layers, AdamW"]
+    ends = [
+        sorted(select(RECORD, arm)["test_accuracy"].round(3))[1:] for arm in (deep, kaiming(deep))
+    ]
+    assert [(min(e), max(e)) for e in ends] == [(0.899, 0.955), (0.98, 0.987)]
+
+
+def test_eps_and_lsuv():
+    def came(name):
+        return [int((steps(select(RECORD, arm)) < np.inf).sum()) for arm in REMEDIES[name]]
+
+    assert came("16 layers, Adam: eps 1e-12") == [6, 8]
+    assert came("8 layers: LSUV") == [1, 6]
+    assert came("16 layers: LSUV") == [0, 8]
+    _, lsuv = REMEDIES["16 layers: LSUV"]
+    assert round(select(RECORD, lsuv)["test_accuracy"].mean(), 4) == 0.961
+    names = [f"{depth} layers{init}: LSUV" for init in ("", ", Kaiming") for depth in (8, 16)]
+    outcomes = compare(RECORD, {name: REMEDIES[name] for name in names})["outcome"]
+    assert outcomes.tolist() == ["undecided", "differ", "undecided", "undecided"]
