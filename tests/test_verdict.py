@@ -1,5 +1,6 @@
 """Verdicts on sound nets, on planted faults and on what is no fault. Counts: tools/calibrate."""
 
+import copy
 import dataclasses
 import math
 
@@ -336,6 +337,21 @@ def test_an_idle_norm_is_named_as_the_cause(factor):
     kind = {0.7: "shrinks", 1.4: "grows", 1: "gradient vanishes"}[factor]
     assert problem.kind == kind
     assert "BatchNorm in eval mode does nothing before training" in problem.reason
+    assert problem.fix == ""  # nothing to draw anew
+
+
+@pytest.mark.parametrize(("kind", "bias", "factor"), [("dead", -10, 1), ("loud output", 0, 100)])
+def test_an_idle_norm_is_named_whatever_is_wrong(kind, bias, factor):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 9), nn.BatchNorm1d(9), nn.Linear(9, 9), nn.ReLU())
+    net.append(nn.Linear(9, 3))
+    nn.init.constant_(net[2].bias, bias)
+    with torch.no_grad():
+        net[4].weight *= factor
+    for model, said in ((net.eval(), 1), (copy.deepcopy(net).train(), 0)):
+        text = str(judge(model, torch.randn(32, 9)))
+        assert f": {kind}" in text
+        assert text.count("BatchNorm in eval mode does nothing before training") == said
 
 
 def test_the_first_line_says_what_was_judged():

@@ -101,7 +101,8 @@ class Trace(list[LayerTrace]):
                 )
         count = f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found"
         first = "; ".join(filter(None, (count, self.seen())))
-        return "\n".join([first, *map(str, problems), *self.remarks(), "", *folded])
+        said = [r for r in self.remarks() if not any(r in p.reason for p in problems)]
+        return "\n".join([first, *map(str, problems), *said, "", *folded])
 
 
 def plot_trace(

@@ -35,7 +35,10 @@ INPUT = 30  # how far from 1 the rms of the input may be
 LOUD = 10  # the rms of the output, or its loss above a guess's: it is all but certain, of one class
 FEW = 8  # features that may all be dead by luck, where others go past them
 FORGOTTEN = 1e-12  # what is left, after all steps, of a gradient to the first one
-IDLE = " BatchNorm in eval mode does nothing before training; in train mode it takes this out."
+IDLE = "BatchNorm in eval mode does nothing before training: look at train mode."
+# What a norm in train mode would change
+IDLED = {"scale", "shrinks", "grows", "alike", "dead", "constant", "loud output", "silent output"}
+IDLED |= {"gradient vanishes", "gradient explodes"}
 
 
 @dataclass
@@ -198,9 +201,17 @@ class Graph:
             and not self.normed(i)
         ]
 
-    def idle(self, rows: Sequence[int]) -> str:
-        """Say it if BatchNorms that do nothing stand among these rows."""
-        return IDLE if any(self.rows[i].idle for i in rows) else ""
+    def idle(self, i: int) -> bool:
+        """Whether a BatchNorm that does nothing stands before or after row i, on any path."""
+        for links in (self.children, [e.parents for e in self.rows]):
+            seen, todo = set(), [i]
+            while todo:
+                if (j := todo.pop()) not in seen:
+                    seen.add(j)
+                    todo += links[j]
+            if any(self.rows[j].idle for j in seen):
+                return True
+        return False
 
 
 def diagnose(rows: Rows, info: dict[str, Any] | None = None) -> list[Problem]:
@@ -238,6 +249,12 @@ def judge(rows: Rows, info: dict[str, Any] | None = None) -> tuple[list[Problem]
             reason = f"{last.reason} The same holds for {some(more)}."
             alike[most - 1 :] = [replace(last, reason=reason)]
     problems = sorted((p for alike in kinds.values() for p in alike), key=lambda p: order[p.layer])
+    problems = [
+        replace(p, reason=f"{p.reason} {IDLE}", fix="")
+        if p.kind in IDLED and g.idle(order[p.layer])
+        else p
+        for p in problems
+    ]
     return problems, {n for e in shown for w in e.weights for n in w.names}
 
 
@@ -266,7 +283,7 @@ def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
     if same:
         said.append(f"Weights that are copies of each other: {', '.join(same[0][:3])}.")
     if any(e.idle for e in rows):
-        said.append("BatchNorm in eval mode does nothing before training.")
+        said.append(IDLE)
     return said
 
 
@@ -391,7 +408,6 @@ def _forward(g: Graph) -> Iterator[Problem]:
             )
             if len(culprits) == 1:
                 kind, value = "scale", factor
-            reason += g.idle(segment)
             lines = "\n".join(filter(None, (g.rows[j].fix for _, j in culprits[:2])))
             g.spoiled.add(row)
             for c in g.children[end]:  # the others are judged
@@ -416,7 +432,6 @@ def _leaps(g: Graph) -> Iterator[Problem]:
             limit = LIKE + SDS * math.sqrt(5 / (4 * g.rows[i].features))
         if change - usual > limit or (change - usual < -limit and not g.joined(i)):
             reason = f"The signal {times(change)} here, in {what} it {times(usual)}."
-            reason += g.idle(range(i, g.end(i) + 1))
             g.spoil(i)
             yield Problem(g.rows[i].name, "scale", math.exp(change), reason, g.rows[i].fix)
 
@@ -451,7 +466,7 @@ def _output(g: Graph) -> Iterator[Problem]:
             f"Of the rms of what {end.name} {'is given' if given else 'puts out'} only the share "
             f"{signal / rms:.2g} differs between inputs. As many ReLUs without biases, and the "
             f"pooling, leave {floor:.2g} or more."
-        ) + g.idle(path)
+        )
         shares = [(_share_change(g, j), j) for j in g.scaled() if j in path[:-1]]
         culprits = _culprits(shares, -1)
         layer = g.rows[culprits[0][1]] if culprits else end
@@ -539,7 +554,7 @@ def _backward(g: Graph) -> Iterator[Problem]:
     reason = (
         f"From the last layer to the first its norm {times(total)}, through this one it "
         f"{times(factor)}; {allowed(total, limit)}."
-    ) + g.idle(whole)
+    )
     yield Problem(g.rows[row].name, f"gradient {kind}", math.exp(total), reason, g.rows[row].fix)
 
 
