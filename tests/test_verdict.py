@@ -340,7 +340,7 @@ def test_an_idle_norm_is_named_as_the_cause(factor):
     assert problem.fix == ""  # nothing to draw anew
 
 
-@pytest.mark.parametrize(("kind", "bias", "factor"), [("dead", -10, 1), ("loud output", 0, 100)])
+@pytest.mark.parametrize(("kind", "bias", "factor"), [("dead", -10, 1), ("scale", 0, 100)])
 def test_an_idle_norm_is_named_whatever_is_wrong(kind, bias, factor):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(9, 9), nn.BatchNorm1d(9), nn.Linear(9, 9), nn.ReLU())
