@@ -41,7 +41,7 @@ OTHER_VALUES = """
 08 seed=77; start=4.0; depth=33; width=100; n_nets=24
 07 seed=1; side=64; n_nets=11; n_draws=3
 07 seed=77; side=256; n_nets=2; n_draws=50
-06 seed=1; slope=0.3; depth=1; n_nets=11; n_draws=3
+06 seed=1; slope=0.3; depth=1; n_nets=41; n_draws=3
 06 seed=77; slope=1.5; depth=35; n_nets=1; n_draws=110
 05 seed=1; n_draws=3
 05 seed=77; n_draws=1010
