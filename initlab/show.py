@@ -42,10 +42,10 @@ def stored(*claims: bool) -> None:
     """Print one line if a claim of the text does not hold with the values chosen; else nothing.
 
     >>> stored(1 < 2, 2 < 1)
-    The text here belongs to the values stored: with these, some of it does not hold.
+    The text holds for the values stored: with these, some of it does not.
     """
     if not all(claims):
-        print("The text here belongs to the values stored: with these, some of it does not hold.")
+        print("The text holds for the values stored: with these, some of it does not.")
 
 
 class Table(pd.DataFrame):
