@@ -1,8 +1,10 @@
 """Verdicts on sound nets, on planted faults and on what is no fault. Counts: tools/calibrate."""
 
 import copy
+import csv
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -377,3 +379,21 @@ def test_each_row_knows_the_std_drawn_and_asked():
     assert rows.loc["0", "asked_std"] == pytest.approx((2 / 50) ** 0.5)
     assert rows.loc["3", "asked_std"] == pytest.approx(1.5335 / 2**0.5)  # 2 of 4 at a time
     assert math.isnan(rows.loc["1", "asked_std"])
+
+
+def test_what_the_readme_says_of_the_survey():
+    folder = Path(__file__).resolve().parents[1] / "data" / "survey"
+    with (folder / "sound.csv").open(encoding="utf8") as file:
+        runs = [row for row in csv.DictReader(file) if row["mode"] == "train"]
+    with (folder / "judged.csv").open(encoding="utf8") as file:
+        true = {(r["network"], r["kind"]) for r in csv.DictReader(file) if r["verdict"] == "true"}
+    said = [
+        {(run["network"], told.rpartition(": ")[2]) for told in run["problems"].split("; ")}
+        for run in runs
+        if run["problems"]
+    ]
+    assert (len(runs), len({run["network"] for run in runs})) == (801, 267)
+    assert sum(not kinds <= true for kinds in said) == 4
+    with (folder / "faults.csv").open(encoding="utf8") as file:
+        counted = [row["found"] for row in csv.DictReader(file) if row["counts"] == "True"]
+    assert counted == ["True"] * 88
