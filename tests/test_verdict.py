@@ -338,8 +338,9 @@ def test_an_idle_norm_is_named_as_the_cause(factor):
     (problem,) = judge(net.eval(), x).problems()
     kind = {0.7: "shrinks", 1.4: "grows", 1: "gradient vanishes"}[factor]
     assert problem.kind == kind
-    assert "BatchNorm in eval mode does nothing before training" in problem.reason
+    assert problem.advice.startswith("BatchNorm in eval mode does nothing before training")
     assert problem.fix == ""  # nothing to draw anew
+    assert "Draw" not in str(problem)
 
 
 @pytest.mark.parametrize(("kind", "bias", "factor"), [("dead", -10, 1), ("scale", 0, 100)])

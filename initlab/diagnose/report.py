@@ -101,7 +101,7 @@ class Trace(list[LayerTrace]):
                 )
         count = f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found"
         first = "; ".join(filter(None, (count, self.seen())))
-        said = [r for r in self.remarks() if not any(r in p.reason for p in problems)]
+        said = [r for r in self.remarks() if not any(r == p.advice for p in problems)]
         return "\n".join([first, *map(str, problems), *said, "", *folded])
 
 

@@ -26,6 +26,7 @@ ADVICE = {
     "gradient explodes": "Draw smaller weights in the layers before it.",
     "forgets": "Start the forget gate's bias at 1 or above, or the recurrent weight orthogonal.",
 }
+IDLE = "BatchNorm in eval mode does nothing before training: look at train mode."
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class Problem:
             ("shrinks", "grows", "gradient ..."), the dead share, signal / rms ("alike"), else rms.
         reason: What was measured, and what is allowed.
         fix: The call that mends it, by its name in the model; empty where there is none.
+        idle: Whether a BatchNorm that does nothing yet may be all that is wrong.
     """
 
     layer: str
@@ -166,11 +168,12 @@ class Problem:
     value: float
     reason: str
     fix: str = ""
+    idle: bool = False
 
     @property
     def advice(self) -> str:
         """What to do."""
-        return ADVICE[self.kind]
+        return IDLE if self.idle else ADVICE[self.kind]
 
     def __str__(self) -> str:
         lines = [line for text in (self.reason, self.advice) for line in textwrap.wrap(text, 84)]

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, Rows, some
+from initlab.diagnose.rows import IDLE, ROUNDING, LayerTrace, Problem, Rows, some
 
 # Where a number strays at random, 3 standard deviations are allowed, of a bound that is generous.
 SDS = 3
@@ -35,7 +35,6 @@ INPUT = 30  # how far from 1 the rms of the input may be
 LOUD = 10  # the rms of the output, or its loss above a guess's: it is all but certain, of one class
 FEW = 8  # features that may all be dead by luck, where others go past them
 FORGOTTEN = 1e-12  # what is left, after all steps, of a gradient to the first one
-IDLE = "BatchNorm in eval mode does nothing before training: look at train mode."
 # What a norm in train mode would change
 IDLED = {"scale", "shrinks", "grows", "alike", "dead", "constant", "loud output", "silent output"}
 IDLED |= {"gradient vanishes", "gradient explodes"}
@@ -250,9 +249,7 @@ def judge(rows: Rows, info: dict[str, Any] | None = None) -> tuple[list[Problem]
             alike[most - 1 :] = [replace(last, reason=reason)]
     problems = sorted((p for alike in kinds.values() for p in alike), key=lambda p: order[p.layer])
     problems = [
-        replace(p, reason=f"{p.reason} {IDLE}", fix="")
-        if p.kind in IDLED and g.idle(order[p.layer])
-        else p
+        replace(p, fix="", idle=True) if p.kind in IDLED and g.idle(order[p.layer]) else p
         for p in problems
     ]
     return problems, {n for e in shown for w in e.weights for n in w.names}

@@ -102,7 +102,7 @@ def verdict(model: nn.Module, x: Any, seed: int) -> dict[str, Any]:
 
 
 def told(problem: initlab.Problem) -> str:
-    idle = " (idle BatchNorm)" if "BatchNorm in eval mode" in problem.reason else ""
+    idle = " (idle BatchNorm)" if problem.idle else ""
     return f"{problem.layer}: {problem.kind}{idle}"
 
 
