@@ -452,3 +452,14 @@ def test_eps_and_lsuv():
     names = [f"{depth} layers{init}: LSUV" for init in ("", ", Kaiming") for depth in (8, 16)]
     outcomes = compare(RECORD, {name: REMEDIES[name] for name in names})["outcome"]
     assert outcomes.tolist() == ["undecided", "differ", "undecided", "undecided"]
+
+
+def test_gpt():
+    table = compare(RECORD, {n: pair for n, pair in REMEDIES.items() if n.startswith("GPT")})
+    assert table["outcome"].tolist() == ["equal", "equal"]
+    assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[8, 8], [8, 8]]
+    assert table[["from", "to"]].abs().to_numpy().max() < 2.5e-4
+    assert table[["default", "Kaiming"]].round(4).to_numpy().tolist() == [[0.9995] * 2] * 2
+    assert table[["ratio", "slow from", "slow to"]].iloc[0].round(2).tolist() == [1.00, 0.89, 1.12]
+    assert table["rate"].tolist() == [0.01, 0.001]
+    assert table["Kaiming rate"].tolist() == [0.001, 0.001]
