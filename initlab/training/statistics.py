@@ -192,6 +192,7 @@ _STEPS = {
     44: ("LSTM, 98 steps", "forget bias 1"),
     45: ("GPT", "N(0, 0.02^2)", "ends of branches by 1/sqrt(2L)"),
 }
+_ARMS = parts()
 _DEFAULT, _KAIMING, _DEEP = _final(), kaiming(_final()), _final(depth=16)
 _LSUV = {"scheme": "lsuv", "a": 0.0, "bias": "zeros"}
 REMEDIES = {
@@ -209,7 +210,7 @@ REMEDIES = {
     **{
         f"{what}: {name}": (replace(one, stage="final"), replace(other, stage="final"))
         for part, (what, *names) in _STEPS.items()
-        for name, (one, other) in zip(names, itertools.pairwise(parts()[part - 1]), strict=True)
+        for name, (one, other) in zip(names, itertools.pairwise(_ARMS[part - 1]), strict=True)
     },
 }
 
