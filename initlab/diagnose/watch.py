@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.diagnose.rows import LayerTrace, Weight
+from initlab.init import gain
 
 # Operations of aten that sum products with a weight, or pick its rows. Those of mkldnn and of
 # quantised or grouped products have such a name in theirs.
@@ -37,8 +38,9 @@ DYING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "gelu", "s
 ACTIVATIONS = DYING | {"leaky_relu", "_prelu_kernel", "rrelu_with_noise", "elu", "celu", "glu"}
 ACTIVATIONS |= {"sigmoid", "tanh", "softplus", "log_sigmoid_forward", "softshrink", "hardshrink"}
 # 1 / rms of f(z), z standard normal: what n Var(w) = gain^2 keeps at 1 before the activation.
-GAINS = {"relu": 2**0.5, "hardtanh": 2**0.5, "gelu": 1.5335, "silu": 1.6765, "mish": 1.4868}
-GAINS |= {"leaky_relu": 2**0.5, "elu": 1.2452, "tanh": 1.5925, "hardswish": 1.7367}
+SMOOTH = "gelu", "silu", "mish", "elu", "tanh", "hardswish"
+GAINS = {name: gain(getattr(nn.functional, name)) for name in SMOOTH}
+GAINS |= dict.fromkeys(("relu", "leaky_relu", "hardtanh"), gain(0.0))  # hardtanh as ReLU6 runs it
 ROOTS = {"sqrt", "rsqrt", "std", "std_mean", "linalg_vector_norm", "norm"}  # norms divide by one
 SMALL = 0.3  # a factor on purpose, as of LayerScale or SkipInit; those of norms begin at 1
 SOFTMAX = {"_softmax", "_safe_softmax"}
