@@ -47,8 +47,8 @@ OTHER_VALUES = """
 05 seed=77; n_draws=1010
 04 seed=1; slope=0.3; n_draws=3
 04 seed=77; slope=1.5; n_draws=220
-03 seed=1; slopes=(0.3, 0.7, 1.5, 4); n_draws=3; n_shown=2
-03 seed=77; slopes=(0.3,); n_draws=320; n_shown=30
+03 seed=1; slopes=(0.3, 0.7, 1.5, 4); n_draws=3
+03 seed=77; slopes=(0.3,); n_draws=320
 02 seed=1; slopes=(0.3, 0.7, 1.5, 4); n_draws=3
 02 seed=77; slopes=(0.3,); n_draws=320
 01 seed=1; n_draws=3
