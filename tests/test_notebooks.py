@@ -41,8 +41,8 @@ FIGURE_TOLERANCE = 1.0
 OTHER_VALUES = """
 12 seed=1; n_draws=12; depth=4; steps=9; forget=2.5
 12 seed=77; n_draws=4; depth=18; steps=33; forget=-3.0
-11 seed=1; n_nets=3; depth=31; factor=0.001
-11 seed=77; n_nets=12; depth=4; factor=100.0
+11 seed=1; n_nets=2; depth=31; factor=0.001
+11 seed=77; n_nets=11; depth=4; factor=100.0
 10 margin=0.001; confidence=0.8; factor=0.1
 10 margin=0.05; confidence=0.99; factor=100.0
 09 margin=0.001; confidence=0.8; line=1e-5
@@ -51,7 +51,7 @@ OTHER_VALUES = """
 08 seed=77; start=4.0; depth=33; width=100; n_nets=24
 07 seed=1; side=64; n_nets=11; n_draws=3
 07 seed=77; side=256; n_nets=2; n_draws=50
-06 seed=1; slope=0.3; depth=1; n_nets=41; n_draws=3
+06 seed=1; slope=0.3; depth=1; n_nets=26; n_draws=3
 06 seed=77; slope=1.5; depth=35; n_nets=1; n_draws=110
 05 seed=1; n_draws=3
 05 seed=77; n_draws=1010
