@@ -4,11 +4,15 @@ import re
 from urllib.parse import unquote
 
 import torch
-from test_notebooks import PAGES, PROSE, ROOT, code, each_page, texts
+from test_notebooks import PAGES, ROOT, code, each_page, texts
 
 from initlab import conv_stack, load_mnist, trace
 from initlab.__main__ import main as initlab
 
+PROSE = {
+    path: "\n".join(cell.source for cell in page.cells if cell.cell_type == "markdown")
+    for path, page in PAGES.items()
+}
 README = (ROOT / "README.md").read_text(encoding="utf8")
 RECIPE, EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -35,6 +39,13 @@ def not_shown(text, pages):
     claims = [number for number in numbers(text) if re.search(r"\.\d\d", number)]
     assert claims
     return [number for number in claims if not is_rounded_from(number, found)]
+
+
+@each_page
+def test_has_the_parts_of_the_series(path):
+    assert PROSE[path].startswith(f"# {int(path.name[:2])}. ")
+    sections = re.findall("^## (.*)$", PROSE[path], re.MULTILINE)
+    assert sections[-3:] == ["Summary", "Exercises", "References"]
 
 
 @each_page
