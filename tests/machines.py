@@ -1,4 +1,4 @@
-"""A pytest plugin: runs the notebooks as of two machines, and compares figures too, by nbval."""
+"""A pytest plugin: nbval runs the notebooks as of two machines, and compares figures too."""
 
 import base64
 import functools

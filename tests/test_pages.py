@@ -113,7 +113,7 @@ def test_has_all_cells_outputs_and_described_figures(soups, path):
     assert len(soup.find_all("div", class_="output")) == len(outputs)
     for cell, block in zip(cells, blocks, strict=True):
         hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
-        hidden = hidden or {"check", "stored", "figure"} & set(cell.metadata.get("tags", []))
+        hidden = hidden or {"check", "figure"} & set(cell.metadata.get("tags", []))
         assert (block.find_parent("details") is not None) == bool(hidden)
 
 

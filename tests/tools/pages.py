@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"The pages need {error.name}: pip install -r requirements.txt")
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDED = {"check", "stored", "figure"}  # tags; a cell with a hidden source is folded too
+FOLDED = {"check", "figure"}  # tags; a cell with a hidden source is folded too
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 SERIES = {ROOT / "README.md": "index.html"} | {path: f"{path.stem}.html" for path in NOTEBOOKS}
 RECORDS = {
