@@ -109,15 +109,8 @@ def conv_stack(
     return nn.Sequential(*layers)
 
 
-def dense_stack(depth: int, width: int, *, slope: float = 0.0) -> nn.Sequential:
-    """Stack `depth` hidden linear layers, a (leaky) ReLU after each, for pictures of 28 x 28.
-
-    Maps `(n, 1, 28, 28)` to 10 logits, `(n, 10)`.
-
-    Example:
-        >>> dense_stack(2, 5)(torch.zeros(3, 1, 28, 28)).shape
-        torch.Size([3, 10])
-    """
+def dense_stack(depth: int, width: int, slope: float = 0.0) -> nn.Sequential:
+    """Stack `depth` hidden linear layers, a (leaky) ReLU after each: (n, 1, 28, 28) to (n, 10)."""
     sizes = [28 * 28, *[width] * depth]
     hidden = [m for pair in itertools.pairwise(sizes) for m in (nn.Linear(*pair), _relu(slope))]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
@@ -156,9 +149,9 @@ class Decoder(nn.Module):
     Source: Radford et al. 2019, Language models are unsupervised multitask learners.
     """
 
-    def __init__(self, blocks: int, width: int, tokens: int = 11, length: int = 32) -> None:
+    def __init__(self, blocks: int, width: int) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.token, self.place = nn.Embedding(11, width), nn.Embedding(32, width)
         settings = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.blocks = nn.ModuleList(  # not nn.TransformerEncoder, whose layers are copies
             nn.TransformerEncoderLayer(width, 4, 4 * width, **settings) for _ in range(blocks)

@@ -19,62 +19,63 @@ from initlab.training.record import BATCH, COLUMNS, EPOCH, LOOKS, RUN, Run
 LOOK_PICTURES, LOOK_EVERY = 2000, 25  # to find the first step at the goal
 
 
+@torch.random.fork_rng(devices=[])
 def build(run: Run) -> nn.Module:
     """Return the network of a run, initialised, in training mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        if run.net == "lstm":
-            return Reader(run.depth, run.width, run.forget)
-        if run.net == "gpt":
-            model = Decoder(run.depth, run.width)
-            if run.scheme != "default":
-                model.draw_as_gpt2_(scaled=run.scheme == "gpt2_scaled")
-            return model
-        if run.net == "linear":
-            model = dense_stack(run.depth, run.width, slope=run.slope)
-        else:
-            model = conv_stack(
-                run.depth,
-                run.width,
-                slope=run.slope,
-                act={"gelu": nn.GELU, "tanh": nn.Tanh}.get(run.act),
-                norm=run.norm,
-                residual=run.net == "residual",
-                separable=run.net == "separable",
-                downsample=2,
-                classes=10,
-                pooled=2,
-            )
-        if run.scheme == "lsuv":
-            from lsuv import lsuv_with_singlebatch  # not needed otherwise
-
-            pictures = _data(run.data).x_train[:500]
-            lsuv_with_singlebatch(model, pictures, verbose=False)
-            return model.train().to(memory_format=torch.channels_last)
+    torch.manual_seed(run.seed)
+    model = _as_torch_draws_it(run)
+    if run.net in ("lstm", "gpt"):
+        if run.scheme != "default":
+            model.draw_as_gpt2_(scaled=run.scheme == "gpt2_scaled")
+        return model
     generator = Generator().manual_seed(run.seed)
-    told: dict[str, Any] = {}
-    if run.scheme.startswith("kaiming"):
-        told = {"a": 1.0 if run.gain else run.a, "mode": run.mode}
-    elif run.scheme != "default":
-        told = {"gain": gain(run.a)}
-    initialize_(model, run.scheme, bias=run.bias, generator=generator, **told)
-    with torch.no_grad():
-        for layer in model.modules():
-            if run.gain and isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.weight *= run.gain
-        for block in model.modules():
-            if run.zeroed and isinstance(block, Residual):
-                nn.init.zeros_(block[-1].weight)
-                nn.init.zeros_(block[-1].bias)
-        if run.drawn != "all":
-            other = build(replace(run, scheme="default", bias="default", drawn="all", last=1.0))
-            for layer, twin in zip(model.modules(), other.modules(), strict=True):
-                if isinstance(layer, nn.Linear if run.drawn == "convolutions" else nn.Conv2d):
-                    layer.load_state_dict(twin.state_dict())
-        for parameter in model[-1].parameters():
-            parameter *= run.last
+    if run.scheme == "lsuv":
+        from lsuv import lsuv_with_singlebatch  # not needed otherwise
+
+        lsuv_with_singlebatch(model, _data(run.data).x_train[:500], verbose=False)
+    elif run.scheme == "default":
+        initialize_(model, "default", bias=run.bias, generator=generator)
+    elif run.scheme.startswith("kaiming"):
+        a = 1.0 if run.gain else run.a
+        initialize_(model, run.scheme, a, run.mode, run.bias, generator)
+    else:
+        initialize_(model, run.scheme, bias=run.bias, generator=generator, gain=gain(run.a))
+    for layer in model.modules():
+        if run.gain and isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.data *= run.gain
+        if run.zeroed and isinstance(layer, Residual):
+            nn.init.zeros_(layer[-1].weight)
+            nn.init.zeros_(layer[-1].bias)
+    if run.drawn != "all":
+        other = build(replace(run, scheme="default", bias="default", drawn="all", last=1.0))
+        for layer, twin in zip(model.modules(), other.modules(), strict=True):
+            if isinstance(layer, nn.Linear if run.drawn == "convolutions" else nn.Conv2d):
+                layer.load_state_dict(twin.state_dict())
+    for parameter in model[-1].parameters():
+        parameter.data *= run.last
     # The faster order of the numbers in memory, by a sixth
-    return model.to(memory_format=torch.channels_last)
+    return model.train().to(memory_format=torch.channels_last)
+
+
+def _as_torch_draws_it(run: Run) -> nn.Module:
+    if run.net == "lstm":
+        return Reader(run.depth, run.width, run.forget)
+    if run.net == "gpt":
+        return Decoder(run.depth, run.width)
+    if run.net == "linear":
+        return dense_stack(run.depth, run.width, run.slope)
+    return conv_stack(
+        run.depth,
+        run.width,
+        slope=run.slope,
+        act={"gelu": nn.GELU, "tanh": nn.Tanh}.get(run.act),
+        norm=run.norm,
+        residual=run.net == "residual",
+        separable=run.net == "separable",
+        downsample=2,
+        classes=10,
+        pooled=2,
+    )
 
 
 @cache
@@ -154,9 +155,8 @@ def train(run: Run) -> dict[str, Any]:
             schedule.step()
             if step in LOOKS:
                 record[f"valid_{step}"] = accuracy(model, x, y, 250)
-            look_now = record["step_90"] is None and step % LOOK_EVERY == 0
-            if look_now and _is_at(run.goal, model, x, y):
-                record["step_90"] = step
+            if record["step_90"] is None and step % LOOK_EVERY == 0:
+                record["step_90"] = step if accuracy(model, x, y, 250) >= run.goal else None
             return ended()
 
         losses = fit(
@@ -192,12 +192,3 @@ def look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     gradient = next(probe.parameters()).grad
     signal = logits.detach().double().var(0).mean().sqrt()
     return signal.item(), gradient.double().square().mean().sqrt().item()
-
-
-def _is_at(goal: float, model: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Tell whether the share `goal` of all pictures is recognised."""
-    # For time: with less than a fifth of so many first ones it is impossible
-    first = round((1 - goal) / 0.8 * len(x))
-    if accuracy(model, x[:first], y[:first], 250) < 0.2:
-        return False
-    return accuracy(model, x, y, 250) >= goal

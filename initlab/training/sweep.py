@@ -1,12 +1,11 @@
 """Many runs, in processes or on a Dask cluster, into a record that grows row by row."""
 
 import argparse
-import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,6 @@ from tqdm import tqdm
 from initlab.training.plan import plan
 from initlab.training.record import HEADER, RUN, Run, parse, read, runs_of, to_line
 from initlab.training.run import train
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[io.FileIO]:
-    """Open a record to read and append, for one process alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # Not a lock of the record itself, which Windows would let nobody read
-        with FileLock(f"{path}.lock", timeout=0), path.open("ab+", buffering=0) as file:
-            yield file
-    except Timeout:
-        raise RuntimeError(f"{path}: another sweep is writing to it") from None
 
 
 def sweep(
@@ -58,7 +45,13 @@ def sweep(
         ValueError: The file holds a damaged row, or a run that is not among `runs`; see `read`.
     """
     runs, path = list(dict.fromkeys(runs)), Path(path)
-    with _locked(path) as file, ExitStack() as stack:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:  # not a lock of the record itself, which Windows would let nobody read
+            stack.enter_context(FileLock(f"{path}.lock", timeout=0))
+        except Timeout:
+            raise RuntimeError(f"{path}: another sweep is writing to it") from None
+        file = stack.enter_context(path.open("ab+", buffering=0))
         done = set(runs_of(read(path, runs)))
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
