@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from initlab.init import check_known
+
 
 class FrozenStatistics(nn.BatchNorm2d):
     """A BatchNorm that stays in eval mode: from the start, it only scales and shifts."""
@@ -83,8 +85,7 @@ def conv_stack(
     """
     if depth < 1 or not 0 <= downsample <= depth:
         raise ValueError(f"need depth >= 1 and 0 <= downsample <= depth, got {depth}, {downsample}")
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; known are {', '.join(NORMS)}")
+    check_known("norm", norm, tuple(NORMS))
     stem = max(downsample, 1) if residual else depth
     if (depth - stem) % 2:
         raise ValueError(f"{depth - stem} convolutions after the first {stem} do not pair")

@@ -210,16 +210,17 @@ def plan(
     def sloped(arm: Run) -> Run:
         return arm if arm.slope else replace(arm, slope=slope, a=arm.a or slope)
 
-    arms = [
+    parts = [
         [
-            _arm(arm, done, second=number >= FIRST)
+            run
             for arm in map(sloped, part)
             if all(getattr(arm, field) == value for field, value in (only or {}).items())
+            for run in _known(arm, done, second=number >= FIRST)
         ]
         for number, part in enumerate(PARTS)
     ]
-    stages = [[run for known, _ in part for run in known] for part in arms]
-    stages.insert(FIRST, [run for part in arms for _, late in part for run in late])
+    stages = [[run for run in part if run.stage != "late"] for part in parts]
+    stages.insert(FIRST, [run for part in parts for run in part if run.stage == "late"])
     runs: list[Run] = []
     turn = True
     for known in stages:
@@ -229,10 +230,10 @@ def plan(
     return list(dict.fromkeys(runs))  # with a slope of its own a part may repeat another
 
 
-def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], list[Run]]:
-    """Return the runs of one arm that are known: those of three epochs, and the late ones."""
+def _known(arm: Run, done: Mapping[Run, float], second: bool) -> list[Run]:
+    """Return the runs of one arm that are known: of three epochs, and then late ones."""
     if arm.stage == "given":
-        return [arm], []
+        return [arm]
 
     def runs(stage: str, rates: Iterable[float], seeds: Iterable[int], **more: int) -> list[Run]:
         grid = itertools.product(rates, seeds)
@@ -249,7 +250,7 @@ def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], 
     while True:
         tune = runs("tune", RATES[low : high + 1], TUNE_SEEDS)
         if not all(run in done for run in tune):
-            return tune, []
+            return tune
         best, second_best, *_ = sorted(RATES[low : high + 1], key=order)
         lost = mean(best) < CHANCE and high - low == 2
         wider = low - (lost or best == RATES[low]), high + (lost or best == RATES[high])
@@ -261,9 +262,10 @@ def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], 
         pair = sorted([best, second_best])
         tune += runs("tune", pair, [THIRD_SEED])
         if not all(run in done for run in tune):
-            return tune, []
+            return tune
         best = max(pair, key=lambda rate: mean(rate, (*TUNE_SEEDS, THIRD_SEED)))
     final = runs("final", [best], FINAL_SEEDS)
     failed = [run for run in final if run in done and done[run] < CHANCE]
-    late = runs("late", [best, second_best], LATE_SEEDS, steps=20 * EPOCH)
-    return tune + final, late if 2 * len(failed) >= len(final) and not second else []
+    if second or 2 * len(failed) < len(final):
+        return tune + final
+    return tune + final + runs("late", [best, second_best], LATE_SEEDS, steps=20 * EPOCH)

@@ -83,18 +83,13 @@ def _data(name: str) -> mnist.Splits:
     return sequences() if name == "sort" else getattr(mnist, f"load_{name}")()
 
 
-def sequences(digits: int = 16) -> mnist.Splits:
-    """Return 70,000 sequences of digits to sort, split as MNIST is.
+def sequences() -> mnist.Splits:
+    """Return 70,000 sequences of 16 digits to sort, split as MNIST is.
 
-    The inputs are `(n, 2 * digits)` int64: digits drawn evenly and independently, the token 10, and
-    the sorted digits but for the last. The labels are the sorted digits, `(n, digits)`.
-
-    Example:
-        >>> data = sequences(4)
-        >>> data.x_train.shape, data.y_test.shape
-        (torch.Size([50000, 8]), torch.Size([10000, 4]))
+    The inputs are `(n, 32)` int64: digits drawn evenly and independently, the token 10, and the
+    sorted digits but for the last. The labels are the sorted digits, `(n, 16)`.
     """
-    drawn = torch.randint(10, (70_000, digits), generator=Generator().manual_seed(0))
+    drawn = torch.randint(10, (70_000, 16), generator=Generator().manual_seed(0))
     y = drawn.sort(1).values
     x = torch.cat([drawn, torch.full_like(y[:, :1], 10), y[:, :-1]], 1)
     train, valid, test = zip(*(v.split([50_000, 10_000, 10_000]) for v in (x, y)), strict=True)
@@ -126,13 +121,11 @@ def _optimizer(run: Run, model: nn.Module) -> tuple[torch.optim.Optimizer, LRSch
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train one network as `run` says, on one thread, and return its record.
+    """Train one network as `run` says, on one thread, and return its row of the record.
 
-    The record has the fields of `Run`, `diverged` (whether a loss was not finite), `signal` and
-    `grad_rms` before the first step (see `look`), `step_90` (the first multiple of 25 steps after
-    which the share `goal` of 2,000 validation pictures is recognised; None if never), the
-    accuracies on the 10,000 validation and the 10,000 test pictures at the end, and at steps 1, 2,
-    4 ... the loss of the batch before the step and the accuracy on the 2,000 pictures after it.
+    It has the fields of `Run`, and what data/training/README.md explains: a look at the start, and
+    at steps 1, 2, 4 ..., the first step at the goal, and the accuracies at the end. None is said of
+    what did not come.
 
     Example:
         >>> record = train(Run(depth=2, steps=2))
