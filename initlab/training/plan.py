@@ -80,7 +80,7 @@ CHAINS = [
 
 
 def network(name: str) -> Run:
-    """Return what a name such as "16 layers, residual, Adam" says, without a rate and a seed."""
+    """Return what a name such as "16 layers, residual, Adam" says, word by word; not the rate."""
     return reduce(_changed, name.split(", "), Run())
 
 
