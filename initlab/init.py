@@ -19,6 +19,7 @@ Bias = Literal["keep", "zeros", "default"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLUTIONS += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Activation = Callable[[Tensor], Tensor]
+Scale = Callable[[Tensor], float]  # of a weight, its sd, or the gain if it is orthogonal
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -120,11 +121,7 @@ def initialize_(
     '1.41, 1.41'
     """
     check_known("bias", bias, get_args(Bias))
-    scale_of = scale_rule(scheme, a, mode, gain)
-    layers = layers_to_draw(module, scheme)
-    generator = as_generator(generator, layers[0].weight.device)
-    for layer in layers:
-        redraw_(layer, scheme, scale_of(layer.weight), bias, generator)
+    drawer(module, scheme, scale_rule(scheme, a, mode, gain), bias, generator)()
     return module
 
 
@@ -134,15 +131,10 @@ def check_known(name: str, value: str, values: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; known are {', '.join(values)}")
 
 
-def as_generator(given: Generator | int | None, device: torch.device) -> Generator | None:
-    """Return a new generator seeded with an int; anything else as it is."""
-    return Generator(device).manual_seed(given) if isinstance(given, int) else given
-
-
 def scale_rule(
-    scheme: Scheme, a: float | Activation | None, mode: Mode, factor: float | None
-) -> Callable[[Tensor], float]:
-    """Check the arguments; return what tells a weight's sd, or its gain if it is orthogonal."""
+    scheme: Scheme, a: float | Activation | None, mode: Mode = "fan_in", factor: float | None = None
+) -> Scale:
+    """Check the arguments of an initialiser, and return its scale."""
     check_known("scheme", scheme, get_args(Scheme))
     check_known("mode", mode, get_args(Mode))
     kind = scheme.partition("_")[0]
@@ -162,8 +154,10 @@ def scale_rule(
     return lambda weight: size / math.sqrt(max(fans(weight)[by_fan_out], 1))
 
 
-def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
-    """Return the Linear and convolution layers of `module`, or raise if one cannot be drawn."""
+def drawer(
+    module: nn.Module, scheme: Scheme, scale: Scale, bias: Bias, generator: Generator | int | None
+) -> Callable[[], None]:
+    """Return what draws all layers of `module`, or raise if one cannot be drawn."""
     layers = [m for m in module.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
     if not layers:
         raise ValueError(f"{type(module).__name__} holds no Linear or convolution to initialise")
@@ -175,25 +169,26 @@ def layers_to_draw(module: nn.Module, scheme: Scheme) -> list[nn.Module]:
             raise ValueError(f"{layer}: on the meta device, or no shape before its first input")
         if scheme == "orthogonal" and layer.weight.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f'"orthogonal" needs float32 or float64, got {layer.weight.dtype}')
-    return layers
+    if isinstance(generator, int):
+        generator = Generator(layers[0].weight.device).manual_seed(generator)
 
+    @torch.no_grad()
+    def redraw() -> None:
+        """Draw as torch does, to the bit, each weight through a contiguous buffer."""
+        for layer in layers:
+            size = scale(layer.weight)
+            buffer = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+            if scheme == "orthogonal":
+                nn.init.orthogonal_(buffer, size, generator)
+            elif scheme.endswith("normal"):
+                buffer.normal_(0, size, generator=generator)
+            else:
+                buffer.uniform_(-math.sqrt(3) * size, math.sqrt(3) * size, generator=generator)
+            layer.weight.copy_(buffer)
+            if layer.bias is not None and bias == "zeros":
+                nn.init.zeros_(layer.bias)
+            elif layer.bias is not None and bias == "default":
+                bound = 1 / math.sqrt(max(fans(layer.weight)[0], 1))
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
-def redraw_(
-    layer: nn.Module, scheme: Scheme, scale: float, bias: Bias, generator: Generator | None
-) -> None:
-    """Draw one layer as torch does, to the bit, its weight through a contiguous buffer."""
-    weight = layer.weight
-    buffer = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
-    if scheme == "orthogonal":
-        nn.init.orthogonal_(buffer, scale, generator)
-    elif scheme.endswith("normal"):
-        buffer.normal_(0, scale, generator=generator)
-    else:
-        buffer.uniform_(-math.sqrt(3) * scale, math.sqrt(3) * scale, generator=generator)
-    with torch.no_grad():
-        weight.copy_(buffer)
-    if layer.bias is not None and bias == "zeros":
-        nn.init.zeros_(layer.bias)
-    elif layer.bias is not None and bias == "default":
-        bound = 1 / math.sqrt(max(fans(weight)[0], 1))
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return redraw

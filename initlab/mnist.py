@@ -4,12 +4,9 @@ import hashlib
 import os
 import zlib
 from contextlib import suppress
-from functools import partial
-from http.client import HTTPException
 from operator import index
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import urlopen
 
 import torch
 from torch import Tensor
@@ -19,16 +16,14 @@ SHA256 = {  # of the files unpacked, as they have been packed in several ways; t
     "MNIST": "ba891046e6505d7a 65a50cbbf4e906d7 0fa7898d509279e4 ff7bcfd416de3373",
     "FashionMNIST": "c59f468a2f672dc8 bad3541b69d91243 5b4141f0afbad91e 0402a96d92fd2663",
 }
-MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # of MNIST; torchvision's first
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fashion-mnist
 
 
 class Splits(NamedTuple):
-    """The pictures of a data set, the training file's split in file order, all on one scale.
+    """Pictures, float32 (n, 1, 28, 28), and their classes, int64 (n,), in the order of the files.
 
-    Pictures are float32 (n, 1, 28, 28): pixels, 0..1, less `mean`, over `std` (unbiased), which are
-    those of `x_train` before. Classes are int64 (n,).
+    Pixels are 0..1, less `mean`, over `std` (unbiased), which are those of the training pictures.
     """
 
     x_train: Tensor
@@ -45,11 +40,11 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
     """Load MNIST (http://yann.lecun.com/exdb/mnist/) as normalised tensors, on the CPU.
 
     The files are in `MNIST/raw/` of `root`, by default the environment variable `INITLAB_DATA`, or
-    else the `data/` folder of the clone that initlab is imported from. Their content is checked;
-    one that is missing or damaged is downloaded. The first `n_train` pictures are for training.
+    else the `data/` folder of the clone that initlab is imported from. Their content is checked.
+    The first `n_train` pictures are for training.
 
     Raises a ValueError if `n_train` is not within 1..59,999, a TypeError if it is no whole number,
-    a FileNotFoundError if a file is missing or damaged and cannot be downloaded.
+    a FileNotFoundError if a file is missing or damaged, which says where to get it.
 
     >>> tuple(load_mnist().x_train.shape)
     (50000, 1, 28, 28)
@@ -58,7 +53,7 @@ def load_mnist(root: str | os.PathLike[str] | None = None, n_train: int = 50_000
 
 
 def load_fashion(root: str | os.PathLike[str] | None = None, n_train: int = 50_000) -> Splits:
-    """Load Fashion-MNIST (arXiv 1708.07747) as `load_mnist`, or from Debian; download nothing."""
+    """Load Fashion-MNIST (arXiv 1708.07747) as `load_mnist`, or from Debian."""
     return _load("FashionMNIST", root, n_train)
 
 
@@ -68,15 +63,7 @@ def _load(name: str, root: str | os.PathLike[str] | None, n_train: int) -> Split
         raise ValueError(f"n_train must be within 1..59,999, got {n_train:,}")
     root = Path(root or os.environ.get("INITLAB_DATA") or REPOSITORY / "data").expanduser()
     folders = [root / name / "raw", *([DEBIAN] if name == "FashionMNIST" else [])]
-    places = [*folders, *([MIRROR] if name == "MNIST" and root.is_dir() else [])]
-    contents = list(map(partial(_read, places), NAMES, SHA256[name].split()))
-    if bad := [file for file, content in zip(NAMES, contents, strict=True) if content is None]:
-        raise FileNotFoundError(
-            f"{', '.join(bad)}: missing or damaged in {' and '.join(map(str, folders))}. A clone "
-            "of this project has MNIST in its folder data, Debian's package dataset-fashion-mnist "
-            f"has Fashion-MNIST; torchvision.datasets.{name}(root, download=True) fetches the "
-            "files. Give that folder as root, or as the environment variable INITLAB_DATA."
-        )
+    contents = [_read(folders, *file) for file in zip(NAMES, SHA256[name].split(), strict=True)]
     # The first 16 bytes of pictures, 8 of labels, say what the sums have vouched for
     pixels, test_pixels = (content[16:].view(-1, 1, 28, 28) for content in contents[::2])
     labels, test_labels = (content[8:].long() for content in contents[1::2])
@@ -96,20 +83,16 @@ def _load(name: str, root: str | os.PathLike[str] | None, n_train: int) -> Split
     return Splits(x_train, y_train, x_valid, y_valid, mean / 255, std / 255, x_test, test_labels)
 
 
-def _read(places: list[Path | str], file: str, sha256: str) -> Tensor | None:
-    """Return the bytes of a file, uint8, from the first folder or URL that has it sound."""
-    for place in places:
-        with suppress(OSError, HTTPException, zlib.error):  # missing, damaged or out of reach
-            if isinstance(place, Path):
-                packed = (place / file).read_bytes()
-            else:
-                with urlopen(place + file, timeout=30) as answer:
-                    packed = answer.read()
-            content = bytearray(zlib.decompress(packed, wbits=31))
+def _read(folders: list[Path], file: str, sha256: str) -> Tensor:
+    """Return the bytes of a file, uint8, from the first folder that has it sound."""
+    for folder in folders:
+        with suppress(OSError, zlib.error):  # missing or damaged
+            content = bytearray(zlib.decompress((folder / file).read_bytes(), wbits=31))
             if hashlib.sha256(content).hexdigest().startswith(sha256):
-                with suppress(OSError):  # read only
-                    if place == MIRROR:
-                        places[0].mkdir(parents=True, exist_ok=True)
-                        (places[0] / file).write_bytes(packed)
                 return torch.frombuffer(content, dtype=torch.uint8)
-    return None
+    raise FileNotFoundError(
+        f"{file}: missing or damaged in {' and '.join(map(str, folders))}. A clone of this project "
+        "has MNIST in its folder data, Debian's package dataset-fashion-mnist has Fashion-MNIST; "
+        f"torchvision.datasets.{folders[0].parent.name}(root, download=True) fetches the files. "
+        "Give that folder as root, or as the environment variable INITLAB_DATA."
+    )

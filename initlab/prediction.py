@@ -28,8 +28,6 @@ def predict(
     scheme: Scheme,
     a: float | Activation | None = None,
     bias: Literal["default", "zeros"] = "default",
-    *,
-    gain: float | None = None,
 ) -> Predicted:
     """Predict the moments of `layer(x)` over all weights that `scheme` may draw, without drawing.
 
@@ -41,8 +39,8 @@ def predict(
     without its assumptions on the data; for pairs the arc-cosine kernels of Cho & Saul 2009.
 
     `x` is a batch (N, C, H, W) for a Conv2d, (N, in_features) for a Linear; the values of `layer`
-    do not matter. `scheme`, but for "orthogonal", `a` and `gain` are as in `initialize_`; a `bias`
-    is U(±1/sqrt(fan_in)), or none. Memory grows with fan_in squared.
+    do not matter. `scheme`, but for "orthogonal", and `a` are as in `initialize_`; a `bias` is
+    U(±1/sqrt(fan_in)), or none. Memory grows with fan_in squared.
 
     Raises a TypeError if `layer` is neither Conv2d nor Linear or `x` no floating-point tensor; a
     ValueError as `initialize_`, if `x` is empty, not finite or not as the layer takes it, or if the
@@ -53,7 +51,7 @@ def predict(
     1.01
     """
     windows, positions, conv = windows_of(x, layer, bias)
-    V = scale_rule(scheme, a, "fan_in", gain)(conv.weight) ** 2
+    V = scale_rule(scheme, a)(conv.weight) ** 2
     if scheme == "orthogonal":
         raise ValueError("no prediction for scheme 'orthogonal': its weights are not independent")
     U = 1 / (3 * fans(conv.weight)[0]) if conv.bias is not None else 0.0
@@ -113,8 +111,7 @@ def _of_a_group(
     covariance[0, 3] = covariance[3, 0] = ROOT * bent @ mean
     traces = [M.trace(), (M * M).sum(), (M @ M * M).sum()]
     part = (cumulant / variance.clamp_min(1e-200)).mean()
-    mean_abs = _mean_abs(variance, cumulant, widest).mean()
-    expected = mean.new_tensor([0.0, mean_abs, M.trace(), 0.0])
+    expected = mean.new_tensor([0.0, _mean_abs(variance, cumulant, widest).mean(), M.trace(), 0.0])
     return expected, covariance, torch.stack([*traces, part])
 
 

@@ -58,11 +58,21 @@ class Table(pd.DataFrame):
     def _constructor(self) -> type["Table"]:
         return Table
 
+    def _formats(self) -> list[Callable[[float], str] | None]:
+        """Return the format of each column; None for what holds no floats."""
+        formats = {}
+        for name, column in self.select_dtypes("floating").items():
+            sizes = column[column != 0].abs()
+            small = (sizes < 1e-3).any() and not (column < 0).any()
+            formats[name] = "#.3g" if small or (sizes > 1e4).any() else "z.4f"
+        formats |= self.attrs.get("formats", {})
+        return [f"{{:{formats[name]}}}".format if name in formats else None for name in self]
+
     def __repr__(self) -> str:
-        return self.to_string(formatters=_formats(self))
+        return self.to_string(formatters=self._formats())
 
     def _repr_html_(self) -> str:
-        return self.to_html(formatters=_formats(self), border=0)
+        return self.to_html(formatters=self._formats(), border=0)
 
 
 def table(rows: Mapping[str, Any], formats: Mapping[str, str] | None = None) -> Table:
@@ -83,14 +93,3 @@ def table(rows: Mapping[str, Any], formats: Mapping[str, str] | None = None) -> 
     made = Table.from_dict({name: cells(row) for name, row in rows.items()}, orient="index")
     made.attrs["formats"] = dict(formats or {})
     return made
-
-
-def _formats(frame: pd.DataFrame) -> list[Callable[[float], str] | None]:
-    """Return the format of each column; None for what holds no floats."""
-    formats = {}
-    for name, column in frame.select_dtypes("floating").items():
-        sizes = column[column != 0].abs()
-        small = (sizes < 1e-3).any() and not (column < 0).any()
-        formats[name] = "#.3g" if small or (sizes > 1e4).any() else "z.4f"
-    formats |= frame.attrs.get("formats", {})
-    return [f"{{:{formats[name]}}}".format if name in formats else None for name in frame]

@@ -500,7 +500,6 @@ def both(*args, **kwargs):
         (PICTURE, nn.Conv2d(3, 4, 3), {"bias": "keep"}, "bias 'keep'; known are default, zeros"),
         (PICTURE, nn.Conv2d(3, 4, 3), {"scheme": "kaiming_normal", "a": math.nan}, "got nan"),
         (PICTURE, nn.Conv2d(3, 4, 3), {"scheme": "xavier_normal", "a": 0.0}, "assumes no slope"),
-        (PICTURE, nn.Conv2d(3, 4, 3), {"gain": 1.0}, "has its own gain"),
     ],
 )
 def test_value_errors(x, conv, options, message):

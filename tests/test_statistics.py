@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from initlab.training.plan import parts
+from initlab.training.plan import PARTS
 from initlab.training.record import COLUMNS, RUN, Run
 from initlab.training.run import build
 from initlab.training.statistics import (
@@ -24,10 +24,8 @@ from initlab.training.statistics import (
     holm,
     kaiming,
     multiplied,
-    networks,
     paired,
     rank_correlation,
-    ranks,
     select,
     signal_and_time,
     steps,
@@ -118,7 +116,7 @@ def test_of_zeros_and_ones_it_is_fishers():
 
 def test_of_ranks_it_is_mann_and_whitneys():
     a, b = values(3, 7, 8)
-    places = ranks([*a, *b])
+    places = stats.rankdata([*a, *b])
     expected = stats.mannwhitneyu(a, b, method="exact").pvalue
     assert unpaired(places[:7], places[7:]).p() == pytest.approx(expected, rel=1e-12)
 
@@ -129,7 +127,7 @@ def test_runs_that_never_came_count_as_the_latest():
     expected = stats.mannwhitneyu(
         np.nan_to_num(one, posinf=1e6), np.nan_to_num(other, posinf=1e6), method=method
     )
-    places = ranks([*one, *other])
+    places = stats.rankdata([*one, *other])
     assert unpaired(places[:4], places[4:]).p() == pytest.approx(expected.pvalue, rel=1e-12)
 
 
@@ -168,12 +166,6 @@ def test_holm_is_bonferroni_over_every_subset():
     raised = [max(min(1, len(s) * p[[*s]].min()) for s in subsets if i in s) for i in range(7)]
     np.testing.assert_allclose(holm(p), raised, rtol=1e-12)
     assert holm([0.02, 0.02]).tolist() == [0.04, 0.04]
-
-
-def test_ranks_are_scipys():
-    x = np.random.default_rng(0).integers(0, 5, (3, 9)).astype(float)
-    x[x == 4] = math.inf
-    np.testing.assert_array_equal(ranks(x), stats.rankdata(x, axis=-1))
 
 
 def test_rank_correlation_of_one_row_is_spearmans():
@@ -352,7 +344,6 @@ def test_rows_with_any_other_setting_never_slip_in():
         others += [more, more.assign(rate=0.5)]
     all_of_them = pd.concat([*others[::2], rows, *others[1::2]], ignore_index=True)
     pd.testing.assert_frame_equal(compare(all_of_them, family), compare(rows, family))
-    assert set(networks(rows)) == set(family.values())
 
 
 def test_an_arm_that_is_missing_or_stands_there_twice():
@@ -386,12 +377,12 @@ def test_a_seed_draws_the_same_weights_but_for_sqrt_6(name):
 
 
 def test_every_comparison_of_the_second_record_is_planned():
-    arms = {replace(arm, stage="final") for part in parts() for arm in part}
+    arms = {replace(arm, stage="final") for part in PARTS for arm in part}
     both = {arm for one in SECOND.values() for arm in (one, kaiming(one))}
     assert both <= arms
     remedies = {arm for pair in REMEDIES.values() for arm in pair}
     assert remedies <= arms
-    second = {replace(a, stage="final") for p in parts()[18:] for a in p if a.stage == "tune"}
+    second = {replace(a, stage="final") for p in PARTS[18:] for a in p if a.stage == "tune"}
     assert second <= both | remedies
     assert (len(SECOND), len(REMEDIES)) == (21, 26)
 

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from initlab.init import check_known
+
 
 class FrozenStatistics(nn.BatchNorm2d):
     """A BatchNorm that stays in eval mode: from the start, it only scales and shifts."""
@@ -83,8 +85,7 @@ def conv_stack(
     """
     if depth < 1 or not 0 <= downsample <= depth:
         raise ValueError(f"need depth >= 1 and 0 <= downsample <= depth, got {depth}, {downsample}")
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; known are {', '.join(NORMS)}")
+    check_known("norm", norm, tuple(NORMS))
     stem = max(downsample, 1) if residual else depth
     if (depth - stem) % 2:
         raise ValueError(f"{depth - stem} convolutions after the first {stem} do not pair")
@@ -109,15 +110,8 @@ def conv_stack(
     return nn.Sequential(*layers)
 
 
-def dense_stack(depth: int, width: int, *, slope: float = 0.0) -> nn.Sequential:
-    """Stack `depth` hidden linear layers, a (leaky) ReLU after each, for pictures of 28 x 28.
-
-    Maps `(n, 1, 28, 28)` to 10 logits, `(n, 10)`.
-
-    Example:
-        >>> dense_stack(2, 5)(torch.zeros(3, 1, 28, 28)).shape
-        torch.Size([3, 10])
-    """
+def dense_stack(depth: int, width: int, slope: float = 0.0) -> nn.Sequential:
+    """Stack `depth` hidden linear layers, a (leaky) ReLU after each: (n, 1, 28, 28) to (n, 10)."""
     sizes = [28 * 28, *[width] * depth]
     hidden = [m for pair in itertools.pairwise(sizes) for m in (nn.Linear(*pair), _relu(slope))]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
@@ -156,9 +150,9 @@ class Decoder(nn.Module):
     Source: Radford et al. 2019, Language models are unsupervised multitask learners.
     """
 
-    def __init__(self, blocks: int, width: int, tokens: int = 11, length: int = 32) -> None:
+    def __init__(self, blocks: int, width: int) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.token, self.place = nn.Embedding(11, width), nn.Embedding(32, width)
         settings = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.blocks = nn.ModuleList(  # not nn.TransformerEncoder, whose layers are copies
             nn.TransformerEncoderLayer(width, 4, 4 * width, **settings) for _ in range(blocks)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,73 @@ TUNE_SEEDS, FINAL_SEEDS, LATE_SEEDS = (0, 1), range(10, 18), (20, 21)
 FIRST = 17  # parts of the first record
 THIRD_SEED, CLOSE = 2, 0.005  # in the second record, for two best rates as close as that
 MODERN = {"optimizer": "adamw", "weight_decay": 0.05, "warmup": 100, "cosine": True}
-FASHION = {"data": "fashion", "goal": 0.8}
+DRAWN = {"scheme": "kaiming_normal", "a": 1.0, "bias": "zeros"}  # with a gain of its own
+# What the words set by which networks are called; "8 layers" sets the depth, and what begins with
+# "Kaiming" Kaiming's init
+WORDS: dict[str, dict[str, Any]] = {
+    "Adam": {"optimizer": "adam"},
+    "AdamW": MODERN,
+    "BatchNorm": {"norm": "batch"},
+    "frozen BatchNorm": {"norm": "frozen"},
+    "GroupNorm": {"norm": "group"},
+    "residual": {"net": "residual"},
+    "zeroed": {"zeroed": True},
+    "Linear": {"net": "linear", "width": 256},
+    "slope 0.3": {"slope": 0.3},
+    "32 channels": {"width": 32},
+    "64 channels": {"width": 64},
+    "warm-up": {"warmup": 300},
+    "clipped": {"clip": 1.0},
+    "20 epochs": {"steps": 20 * EPOCH},
+    "Fashion": {"data": "fashion", "goal": 0.8},
+    # Remedies, and what they are tried on
+    "Kaiming": {},
+    "Kaiming by fan_in": {},
+    "Kaiming in the convolutions": {"drawn": "convolutions"},
+    "Kaiming in the last layer": {"drawn": "last"},
+    "last layer times 0.1": {"last": 0.1},
+    "eps 1e-12": {"eps": 1e-12},
+    "LSUV": {"scheme": "lsuv", "a": 0.0, "bias": "zeros"},
+    "GELU": {"act": "gelu"},
+    "tanh": {"act": "tanh"},
+    "the ReLU's gain": DRAWN | {"gain": round(gain(0.0), 4)},
+    "GELU's gain": DRAWN | {"gain": round(gain(nn.GELU()), 4)},
+    "torch's gain": DRAWN | {"gain": round(5 / 3, 4)},
+    "tanh's gain": DRAWN | {"gain": round(gain(nn.Tanh()), 4)},
+    "separable": {"net": "separable"},
+    "by fan_out": {"mode": "fan_out"},
+    "LSTM": {"net": "lstm", "width": 64, "optimizer": "adam"},
+    "forget bias 1": {"forget": 1.0},
+    "GPT": {"net": "gpt", "depth": 4, "width": 64, "data": "sort", "goal": 0.99, "steps": EPOCH}
+    | MODERN,
+    "N(0, 0.02^2)": {"scheme": "gpt2"},
+    "ends of branches by 1/sqrt(2L)": {"scheme": "gpt2_scaled"},
+}
+# Remedies of the second record: a network, and what is changed in it, one change after the other
+CHAINS = [
+    *(("8 layers", f"Kaiming in the {where}") for where in ("convolutions", "last layer")),
+    ("8 layers, Kaiming", "last layer times 0.1"),
+    ("16 layers, Adam", "eps 1e-12"),
+    *((f"{depth} layers{init}", "LSUV") for init in ("", ", Kaiming") for depth in (8, 16)),
+    *((f"GELU{norm}", "the ReLU's gain", "GELU's gain") for norm in ("", ", BatchNorm")),
+    *((f"tanh{norm}", "torch's gain", "tanh's gain") for norm in ("", ", BatchNorm")),
+    *(
+        (f"separable{norm}", "Kaiming by fan_in", "by fan_out")
+        for norm in (", BatchNorm", ", frozen BatchNorm", "")
+    ),
+    *((f"LSTM, {steps} steps", "forget bias 1") for steps in (28, 98)),
+    ("GPT", "N(0, 0.02^2)", "ends of branches by 1/sqrt(2L)"),
+]
+
+
+def network(name: str) -> Run:
+    """Return what a name such as "16 layers, residual, Adam" says, word by word; not the rate."""
+    return reduce(_changed, name.split(", "), Run())
+
+
+def _changed(run: Run, word: str) -> Run:
+    settings = WORDS[word] if word in WORDS else {"depth": int(word.split()[0])}
+    return replace(kaiming(run) if word.startswith("Kaiming") else run, **settings)
 
 
 def kaiming(network: Run) -> Run:
@@ -39,105 +106,76 @@ def causes(network: Run) -> dict[str, Run]:
     return arms | {"orthogonal": replace(kaiming(network), scheme="orthogonal")}
 
 
-def parts(slope: float = 0.0) -> list[list[Run]]:
-    """Return the arms of each part of the experiment, as runs without a rate and a seed.
+def arms_of(chain: Iterable[str]) -> list[Run]:
+    """Return the network that a chain begins with, and each that it goes on to."""
+    name, *words = chain
+    return [*itertools.accumulate(words, _changed, initial=network(name))]
 
-    What has the stage "given" is no arm but a run.
-    """
-    default = Run(slope=slope)
-    kaimings = kaiming(default)
 
-    def arms(*depths: int, **settings: Any) -> list[Run]:
-        both = (default, kaimings)
-        return [replace(init, depth=d, **settings) for d in depths for init in both]
+def _both(*names: str) -> list[Run]:
+    """Return each network as PyTorch draws it, and with Kaiming's init."""
+    return [arm for name in names for arm in (network(name), kaiming(network(name)))]
 
-    def optimized(**settings: Any) -> list[Run]:
-        return [
-            arm for optimizer in ("sgd", "adam") for arm in arms(8, optimizer=optimizer, **settings)
-        ]
 
-    inits = [*causes(default).values()]
-    others = inits[1:7] + inits[8:]  # the first is the default, the eighth Kaiming's: arms already
-    leaky = [replace(default, slope=0.3), kaiming(replace(default, slope=0.3))]
-    adam, batch = {"optimizer": "adam"}, {"norm": "batch"}
+def _given(arm: Run, *rates: float) -> list[Run]:
+    """Return final runs at rates that are not tuned for the arm."""
+    grid = itertools.product(rates, FINAL_SEEDS)
+    return [replace(arm, stage="given", rate=rate, seed=seed) for rate, seed in grid]
 
-    def given(init: Run, *rates: float, **settings: Any) -> list[Run]:
-        grid = itertools.product(rates, FINAL_SEEDS)
-        return [replace(init, stage="given", rate=r, seed=s, **settings) for r, s in grid]
 
-    late, blocks = {"steps": 20 * EPOCH}, {"net": "residual"}
-    holes = [
-        *(run for init in others[-2:] for run in given(init, 1e-2, depth=16)),
-        *(run for depth in (8, 16) for run in given(kaimings, 3.16e-2, depth=depth)),
-    ]
-    common = given(default, 1e-2, 1.78e-2, **blocks) + given(kaimings, 1.78e-2, 3.16e-2, **blocks)
-    # The default, the gain that torch has for it (or for a ReLU), and its own
-    gains = {
-        act: [
-            replace(default, act=act),
-            *(replace(kaimings, act=act, a=1.0, gain=round(g, 4)) for g in (near, gain(own))),
-        ]
-        for act, near, own in (("gelu", gain(0.0), nn.GELU()), ("tanh", 5 / 3, nn.Tanh()))
-    }
-    separable = [
-        replace(init, net="separable", mode=mode)
-        for init, mode in ((default, "fan_in"), (kaimings, "fan_in"), (kaimings, "fan_out"))
-    ]
-    reader = replace(default, net="lstm", depth=28, width=64, **adam)
-    gpt = Run(net="gpt", depth=4, width=64, data="sort", goal=0.99, steps=EPOCH, **MODERN)
-    first = [
-        arms(2, 4, 8),
-        arms(8, **batch) + arms(8, **adam),
-        arms(16),
-        # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
-        [others[3], others[2]],
-        others[:2] + others[4:],
-        optimized(net="linear", width=256),
-        arms(2, 4, **adam),
-        arms(2, 4, **batch),
-        arms(16, **adam),
-        arms(16, **batch),
-        optimized(net="residual"),
-        optimized(norm="group"),
-        optimized(net="residual", zeroed=True),
-        leaky if slope != 0.3 else [],
-        arms(8, width=32),
-        arms(2, 4, 8, 16, **adam, **batch),
-        [replace(arm, depth=16) for arm in others],
-    ]
-    second = [
-        holes,
-        [
-            *(replace(kaimings, drawn=layers) for layers in ("convolutions", "last")),
-            replace(kaimings, last=0.1),
-        ],
-        common,
-        given(default, 1e-2, 1.78e-2, **late),
-        [replace(default, depth=16, eps=1e-12, **adam)],
-        given(default, 1e-3, depth=16, **adam, **late),
-        # What people do today
-        arms(4, 8, **MODERN),
-        arms(16, **MODERN),
-        arms(8, warmup=300) + arms(8, clip=1.0),
-        arms(4, 8, 16, **MODERN, **batch),
-        arms(30, **MODERN),
-        arms(30, **MODERN, **batch),
-        # Other data, more channels
-        arms(4, 8, 16, **FASHION),
-        arms(4, 8, 16, **FASHION, **adam),
-        arms(4, 8, 16, **FASHION, **batch),
-        arms(20, **FASHION, **batch, **blocks),
-        arms(8, width=64),
-        # Remedies
-        [replace(default, scheme="lsuv", a=0.0, bias="zeros", depth=depth) for depth in (8, 16)],
-        *([replace(arm, norm=norm) for arm in gains["gelu"]] for norm in ("none", "batch")),
-        *([replace(arm, norm=norm) for arm in gains["tanh"]] for norm in ("none", "batch")),
-        *([replace(arm, norm=norm) for arm in separable] for norm in ("batch", "frozen", "none")),
-        [reader, replace(reader, forget=1.0)],
-        [replace(reader, depth=98), replace(reader, depth=98, forget=1.0)],
-        [replace(gpt, scheme=scheme) for scheme in ("default", "gpt2", "gpt2_scaled")],
-    ]
-    return first + second
+_CAUSES = [list(causes(network(name)).values()) for name in ("8 layers", "16 layers")]
+# The arms of each part, as runs without a rate and a seed; what has the stage "given" is a run
+PARTS = [
+    _both("2 layers", "4 layers", "8 layers"),
+    _both("8 layers, BatchNorm", "8 layers, Adam"),
+    _both("16 layers"),
+    # The default with Kaiming's variance alone, and Kaiming's init with the default's alone
+    [_CAUSES[0][4], _CAUSES[0][3]],
+    # The others, but for the default itself and Kaiming's init, the eighth
+    [_CAUSES[0][k] for k in (1, 2, 5, 6, 8, 9)],
+    _both("8 layers, Linear", "8 layers, Linear, Adam"),
+    _both("2 layers, Adam", "4 layers, Adam"),
+    _both("2 layers, BatchNorm", "4 layers, BatchNorm"),
+    _both("16 layers, Adam"),
+    _both("16 layers, BatchNorm"),
+    _both("8 layers, residual", "8 layers, residual, Adam"),
+    _both("8 layers, GroupNorm", "8 layers, GroupNorm, Adam"),
+    _both("8 layers, residual, zeroed", "8 layers, residual, zeroed, Adam"),
+    _both("8 layers, slope 0.3"),
+    _both("8 layers, 32 channels"),
+    _both(*(f"{depth} layers, BatchNorm, Adam" for depth in (2, 4, 8, 16))),
+    [_CAUSES[1][k] for k in (1, 2, 3, 4, 5, 6, 8, 9)],
+    # The second record: holes of the first
+    [
+        *(run for arm in _CAUSES[1][8:] for run in _given(arm, 1e-2)),
+        *(run for d in (8, 16) for run in _given(network(f"{d} layers, Kaiming"), 3.16e-2)),
+    ],
+    [arms_of(chain)[-1] for chain in CHAINS[:3]],
+    [
+        *_given(network("8 layers, residual"), 1e-2, 1.78e-2),
+        *_given(network("8 layers, residual, Kaiming"), 1.78e-2, 3.16e-2),
+    ],
+    _given(network("8 layers, 20 epochs"), 1e-2, 1.78e-2),
+    [network("16 layers, Adam, eps 1e-12")],
+    _given(network("16 layers, Adam, 20 epochs"), 1e-3),
+    # What people do today
+    _both("4 layers, AdamW", "8 layers, AdamW"),
+    _both("16 layers, AdamW"),
+    _both("8 layers, warm-up", "8 layers, clipped"),
+    _both(*(f"{depth} layers, BatchNorm, AdamW" for depth in (4, 8, 16))),
+    _both("30 layers, AdamW"),
+    _both("30 layers, BatchNorm, AdamW"),
+    # Other data, more channels
+    *(
+        _both(*(f"Fashion, {depth} layers{way}" for depth in (4, 8, 16)))
+        for way in ("", ", Adam", ", BatchNorm")
+    ),
+    _both("Fashion, 20 layers, residual, BatchNorm"),
+    _both("8 layers, 64 channels"),
+    # Remedies
+    [network(f"{depth} layers, LSUV") for depth in (8, 16)],
+    *map(arms_of, CHAINS[8:]),
+]
 
 
 def plan(
@@ -168,29 +206,34 @@ def plan(
     done: dict[Run, float] = {}
     if record is not None:
         done = dict(zip(runs_of(record), record["valid_accuracy"], strict=True))
-    arms = [
+
+    def sloped(arm: Run) -> Run:
+        return arm if arm.slope else replace(arm, slope=slope, a=arm.a or slope)
+
+    parts = [
         [
-            _arm(arm, done, second=number >= FIRST)
-            for arm in part
+            run
+            for arm in map(sloped, part)
             if all(getattr(arm, field) == value for field, value in (only or {}).items())
+            for run in _known(arm, done, second=number >= FIRST)
         ]
-        for number, part in enumerate(parts(slope))
+        for number, part in enumerate(PARTS)
     ]
-    stages = [[run for known, _ in part for run in known] for part in arms]
-    stages.insert(FIRST, [run for part in arms for _, late in part for run in late])
+    stages = [[run for run in part if run.stage != "late"] for part in parts]
+    stages.insert(FIRST, [run for part in parts for run in part if run.stage == "late"])
     runs: list[Run] = []
     turn = True
     for known in stages:
         # What is in the record belongs to the plan, also when its turn would not have come yet
         runs += [run for run in known if turn or run in done]
         turn = turn and all(run in done for run in known)
-    return runs
+    return list(dict.fromkeys(runs))  # with a slope of its own a part may repeat another
 
 
-def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], list[Run]]:
-    """Return the runs of one arm that are known: those of three epochs, and the late ones."""
+def _known(arm: Run, done: Mapping[Run, float], second: bool) -> list[Run]:
+    """Return the runs of one arm that are known: of three epochs, and then late ones."""
     if arm.stage == "given":
-        return [arm], []
+        return [arm]
 
     def runs(stage: str, rates: Iterable[float], seeds: Iterable[int], **more: int) -> list[Run]:
         grid = itertools.product(rates, seeds)
@@ -207,7 +250,7 @@ def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], 
     while True:
         tune = runs("tune", RATES[low : high + 1], TUNE_SEEDS)
         if not all(run in done for run in tune):
-            return tune, []
+            return tune
         best, second_best, *_ = sorted(RATES[low : high + 1], key=order)
         lost = mean(best) < CHANCE and high - low == 2
         wider = low - (lost or best == RATES[low]), high + (lost or best == RATES[high])
@@ -219,9 +262,10 @@ def _arm(arm: Run, done: Mapping[Run, float], second: bool) -> tuple[list[Run], 
         pair = sorted([best, second_best])
         tune += runs("tune", pair, [THIRD_SEED])
         if not all(run in done for run in tune):
-            return tune, []
+            return tune
         best = max(pair, key=lambda rate: mean(rate, (*TUNE_SEEDS, THIRD_SEED)))
     final = runs("final", [best], FINAL_SEEDS)
     failed = [run for run in final if run in done and done[run] < CHANCE]
-    late = runs("late", [best, second_best], LATE_SEEDS, steps=20 * EPOCH)
-    return tune + final, late if 2 * len(failed) >= len(final) and not second else []
+    if second or 2 * len(failed) < len(final):
+        return tune + final
+    return tune + final + runs("late", [best, second_best], LATE_SEEDS, steps=20 * EPOCH)

@@ -17,70 +17,42 @@ LOOKS = [2**k for k in range(13)]  # steps whose loss and validation accuracy ar
 
 @dataclass(frozen=True)
 class Run:
-    """All settings of one training run.
+    """All settings of one training run: the first columns of a record."""
 
-    Attributes:
-        stage: "tune" chooses the rate, "final" is reported, "late" goes on to 20 epochs, "given"
-            has a rate that was not tuned for it, and is reported, too.
-        net: "plain", "residual" or "separable" (convolutions), "linear" (`nn.Linear` layers),
-            "lstm" or "gpt"; see `initlab.training.nets`.
-        depth: Convolutions, hidden linear layers, steps that an LSTM reads, or blocks.
-        width: Channels, or features.
-        norm: "none", "batch", "frozen" or "group", after each convolution.
-        slope: Negative slope of each activation; 0 is a ReLU.
-        scheme: Of the weights, as in `initialize_`, and "lsuv". "default" leaves an LSTM and a GPT
-            as PyTorch draws them; for the latter there are "gpt2", all matrices N(0, 0.02^2), and
-            "gpt2_scaled", those that end a branch by another 1 / sqrt(2 blocks).
-        a: Negative slope that the scheme assumes; sqrt(5) gives n Var(w) = 1/3.
-        bias: "default" or "zeros".
-        zeroed: Whether the last convolution of each residual branch starts at 0.
-        optimizer: "sgd" (momentum 0.9) or "adam".
-        rate: Learning rate, constant.
-        seed: Of the weights and of the order of the pictures.
-        steps: Steps of 128 pictures. A run of more than three epochs ends at its goal.
-        data: "mnist", "fashion" (Fashion-MNIST) or "sort" (see `sequences`).
-        goal: Share of right answers to 2,000 validation inputs that `step_90` waits for.
-        eps: Of Adam and AdamW.
-        weight_decay: Of AdamW, for all parameters.
-        warmup: Steps in which the rate grows in a line from 0 to `rate`.
-        cosine: Whether the rate then falls to 0 as half a cosine, else it stays.
-        clip: Largest norm of the gradient of all parameters; a larger one is scaled down to it.
-        drawn: Layers that the scheme draws: "all", or "convolutions" or "last", the linear layer;
-            the others are those of the default with the same seed.
-        last: Factor on the weight and bias of the last layer.
-        act: "relu" (of slope `slope`), "gelu" or "tanh".
-        gain: Of Kaiming's rule, in place of that of the slope `a`, if it is not 0.
-        mode: "fan_in" or "fan_out", in Kaiming's rule.
-        forget: Bias of an LSTM's forget gate; 0 leaves it as it is drawn.
-    """
-
+    # "tune" chooses the rate, "final" is reported, "late" goes on to 20 epochs, "given" has a rate
+    # that was not tuned for it, and is reported, too
     stage: str = "tune"
-    net: str = "plain"
-    depth: int = 8
-    width: int = 16
-    norm: str = "none"
-    slope: float = 0.0
+    net: str = "plain"  # or "residual", "separable", "linear", "lstm", "gpt": see `build`
+    depth: int = 8  # convolutions, hidden linear layers, steps that an LSTM reads, or blocks
+    width: int = 16  # channels, or features
+    norm: str = "none"  # or "batch", "frozen", "group", after each convolution
+    slope: float = 0.0  # of each activation below 0; 0 is a ReLU
+    # Of the weights, as in `initialize_`, or "lsuv". "default" leaves an LSTM and a GPT as PyTorch
+    # draws them; for the latter there are "gpt2", all matrices N(0, 0.02^2), and "gpt2_scaled",
+    # those that end a branch by another 1 / sqrt(2 blocks)
     scheme: str = "default"
-    a: float = math.sqrt(5)
-    bias: str = "default"
-    zeroed: bool = False
-    optimizer: str = "sgd"
-    rate: float = 1e-2
-    seed: int = 0
-    steps: int = 3 * EPOCH
-    data: str = "mnist"
-    goal: float = 0.9
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup: int = 0
-    cosine: bool = False
-    clip: float = math.inf
+    a: float = math.sqrt(5)  # negative slope that the scheme assumes; this gives n Var(w) = 1/3
+    bias: str = "default"  # or "zeros"
+    zeroed: bool = False  # whether the last convolution of each residual branch starts at 0
+    optimizer: str = "sgd"  # with momentum 0.9, or "adam", "adamw"
+    rate: float = 1e-2  # of learning, where `warmup` and `cosine` do not change it
+    seed: int = 0  # of the weights and of the order of the pictures
+    steps: int = 3 * EPOCH  # of 128 pictures; a run of more than three epochs ends at its goal
+    data: str = "mnist"  # or "fashion", "sort": see `sequences`
+    goal: float = 0.9  # share of right answers to 2,000 validation inputs that `step_90` waits for
+    eps: float = 1e-8  # of Adam and AdamW
+    weight_decay: float = 0.0  # of AdamW, for all parameters
+    warmup: int = 0  # steps in which the rate grows in a line from 0 to `rate`
+    cosine: bool = False  # whether the rate then falls to 0 as half a cosine, else it stays
+    clip: float = math.inf  # largest norm of the gradient of all parameters, which is scaled to it
+    # Layers that the scheme draws: or "convolutions", or "last", the linear layer; the others are
+    # those of the default with the same seed
     drawn: str = "all"
-    last: float = 1.0
-    act: str = "relu"
-    gain: float = 0.0
-    mode: str = "fan_in"
-    forget: float = 0.0
+    last: float = 1.0  # factor on the weight and bias of the last layer
+    act: str = "relu"  # of slope `slope`, or "gelu", "tanh"
+    gain: float = 0.0  # of Kaiming's rule, in place of that of the slope `a`, if it is not 0
+    mode: str = "fan_in"  # or "fan_out", in Kaiming's rule
+    forget: float = 0.0  # bias of an LSTM's forget gate; 0 leaves it as it is drawn
 
 
 RUN = [field.name for field in fields(Run)]

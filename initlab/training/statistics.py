@@ -8,13 +8,13 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from initlab.training.plan import FASHION, MODERN, causes, kaiming, parts
+from initlab.training.plan import CHAINS, arms_of, causes, kaiming, network
 from initlab.training.record import CHANCE, LOOKS, RUN, Run
 
 Array = NDArray[np.float64]
@@ -117,12 +117,6 @@ def holm(p: ArrayLike) -> Array:
     return np.maximum.accumulate(raised).clip(max=1)[np.argsort(order)]
 
 
-def ranks(x: ArrayLike) -> Array:
-    """Return the ranks along the last axis; ties, as of several inf, share their mean."""
-    one, other = np.asarray(x)[..., :, None], np.asarray(x)[..., None, :]
-    return ((one > other).sum(-1) + (one >= other).sum(-1) + 1) / 2
-
-
 def rank_correlation(x: ArrayLike, y: ArrayLike, rounds: int = 9999) -> tuple[float, float]:
     """Return Spearman's correlation within rows, pooled, and its two-sided p-value.
 
@@ -134,7 +128,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, rounds: int = 9999) -> tuple[fl
         >>> rank_correlation([range(20)], [range(20, 0, -1)])
         (-1.0, 0.0001)
     """
-    x, y = (ranks(z) - (np.shape(z)[-1] + 1) / 2 for z in (x, y))
+    x, y = (pd.DataFrame(z).rank(axis=1).to_numpy() - (np.shape(z)[1] + 1) / 2 for z in (x, y))
     told, rng = x.any(1) & y.any(1), np.random.default_rng(0)
     x, y = x[told], y[told]
     size, seen = math.sqrt((x**2).sum() * (y**2).sum()), (x * y).sum()
@@ -145,82 +139,35 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, rounds: int = 9999) -> tuple[fl
 
 # ---- The arms
 
-_final = partial(Run, stage="final")
-_WAYS = {"": {}, ", Adam": {"optimizer": "adam"}, ", BatchNorm": {"norm": "batch"}}
-_WAYS[", BatchNorm, Adam"] = _WAYS[", BatchNorm"] | _WAYS[", Adam"]
-_KINDS = {"GroupNorm": {"norm": "group"}, "residual": {"net": "residual"}}
-_KINDS["residual, zeroed"] = {"net": "residual", "zeroed": True}
-_KINDS["Linear"] = {"net": "linear", "width": 256}
+
+def _final(*names: str) -> dict[str, Run]:
+    return {name: replace(network(name), stage="final") for name in names}
+
+
+_WAYS = ("", ", Adam", ", BatchNorm", ", BatchNorm, Adam")
 # The declared family: every network of the first record, here with the default
-FAMILY = {
-    **{f"{d} layers{w}": _final(depth=d, **_WAYS[w]) for w in _WAYS for d in (2, 4, 8, 16)},
-    **{f"8 layers, {k}{w}": _final(**_KINDS[k], **_WAYS[w]) for k in _KINDS for w in [*_WAYS][:2]},
-    "8 layers, slope 0.3": _final(slope=0.3),
-    "8 layers, 32 channels": _final(width=32),
-}
+FAMILY = _final(
+    *(f"{depth} layers{way}" for way in _WAYS for depth in (2, 4, 8, 16)),
+    *(
+        f"8 layers, {kind}{way}"
+        for kind in ("GroupNorm", "residual", "residual, zeroed", "Linear")
+        for way in _WAYS[:2]
+    ),
+    *("8 layers, slope 0.3", "8 layers, 32 channels"),
+)
 # And every network of the second record, declared before all but its first parts
-SECOND = {
-    **{
-        f"{d} layers{n}, AdamW": _final(depth=d, **_WAYS[n], **MODERN)
-        for n in ("", ", BatchNorm")
-        for d in (4, 8, 16, 30)
-    },
-    "8 layers, warm-up": _final(warmup=300),
-    "8 layers, clipped": _final(clip=1.0),
-    **{
-        f"Fashion, {d} layers{w}": _final(depth=d, **_WAYS[w], **FASHION)
-        for w in [*_WAYS][:3]
-        for d in (4, 8, 16)
-    },
-    "Fashion, 20 layers, residual, BatchNorm": _final(
-        depth=20, net="residual", **_WAYS[", BatchNorm"], **FASHION
-    ),
-    "8 layers, 64 channels": _final(width=64),
-}
-
-
-# Each remedy of the second record, against leaving it: the two arms, in the order of a part's arms
-_STEPS = {
-    36: ("GELU", "the ReLU's gain", "its own"),
-    37: ("GELU, BatchNorm", "the ReLU's gain", "its own"),
-    38: ("tanh", "torch's gain", "its own"),
-    39: ("tanh, BatchNorm", "torch's gain", "its own"),
-    40: ("separable, BatchNorm", "Kaiming by fan_in", "by fan_out"),
-    41: ("separable, frozen BatchNorm", "Kaiming by fan_in", "by fan_out"),
-    42: ("separable", "Kaiming by fan_in", "by fan_out"),
-    43: ("LSTM, 28 steps", "forget bias 1"),
-    44: ("LSTM, 98 steps", "forget bias 1"),
-    45: ("GPT", "N(0, 0.02^2)", "ends of branches by 1/sqrt(2L)"),
-}
-_ARMS = parts()
-_DEFAULT, _KAIMING, _DEEP = _final(), kaiming(_final()), _final(depth=16)
-_LSUV = {"scheme": "lsuv", "a": 0.0, "bias": "zeros"}
+SECOND = _final(
+    *(f"{depth} layers{norm}, AdamW" for norm in ("", ", BatchNorm") for depth in (4, 8, 16, 30)),
+    *("8 layers, warm-up", "8 layers, clipped"),
+    *(f"Fashion, {depth} layers{way}" for way in _WAYS[:3] for depth in (4, 8, 16)),
+    *("Fashion, 20 layers, residual, BatchNorm", "8 layers, 64 channels"),
+)
+# Each remedy of the second record, against leaving it: the two arms
 REMEDIES = {
-    "8 layers: Kaiming in the convolutions": (_DEFAULT, replace(_KAIMING, drawn="convolutions")),
-    "8 layers: Kaiming in the last layer": (_DEFAULT, replace(_KAIMING, drawn="last")),
-    "8 layers, Kaiming: last layer times 0.1": (_KAIMING, replace(_KAIMING, last=0.1)),
-    "16 layers, Adam: eps 1e-12": tuple(
-        replace(_DEEP, optimizer="adam", eps=eps) for eps in (1e-8, 1e-12)
-    ),
-    **{
-        f"{arm.depth} layers{name}: LSUV": (arm, replace(arm, **_LSUV))
-        for name, one in (("", _DEFAULT), (", Kaiming", _KAIMING))
-        for arm in (one, replace(one, depth=16))
-    },
-    **{
-        f"{what}: {name}": (replace(one, stage="final"), replace(other, stage="final"))
-        for part, (what, *names) in _STEPS.items()
-        for name, (one, other) in zip(names, itertools.pairwise(_ARMS[part - 1]), strict=True)
-    },
+    f"{name}: {word}": tuple(replace(arm, stage="final") for arm in pair)
+    for name, *words in CHAINS
+    for word, pair in zip(words, itertools.pairwise(arms_of([name, *words])), strict=True)
 }
-
-
-def networks(record: pd.DataFrame) -> list[Run]:
-    """List the networks with final runs of both inits; of the first record they are `FAMILY`."""
-    rows = record.loc[record["stage"] == "final", RUN].assign(rate=Run.rate, seed=Run.seed)
-    arms = dict.fromkeys(Run(**row) for row in rows.to_dict("records"))
-    default = {name: getattr(Run, name) for name in ("scheme", "a", "bias")}
-    return [arm for arm in arms if arm == replace(arm, **default) and kaiming(arm) in arms]
 
 
 def select(record: pd.DataFrame, arm: Run) -> pd.DataFrame:
@@ -263,15 +210,15 @@ def compare(
     is, else "undecided".
     """
     found = {}
-    for name, network in family.items():
-        arms = network if isinstance(network, tuple) else (network, kaiming(network))
-        one, other = (select(record, arm) for arm in arms)
+    for name, arms in family.items():
+        one, other = (arms, kaiming(arms)) if isinstance(arms, Run) else arms
+        one, other = select(record, one), select(record, other)
         if one["seed"].tolist() != other["seed"].tolist():
             raise ValueError(f"{name}: the two inits have other seeds")
         ends = [rows["test_accuracy"].to_numpy() for rows in (one, other)]
         times, test = np.stack([steps(one), steps(other)]), unpaired(*ends)
         came, ratio = np.isfinite(times), (math.nan,) * 3
-        both, places = came.all(0), ranks(times.ravel()).reshape(2, -1)
+        both, places = came.all(0), pd.Series(times.ravel()).rank().to_numpy().reshape(2, -1)
         if both.any():
             logs = paired(np.log(times[0, both] / times[1, both]))
             ratio = np.exp([logs.difference, *logs.interval(confidence)])
@@ -323,7 +270,7 @@ def signal_and_time(record: pd.DataFrame, line: float = 1e-3) -> pd.DataFrame:
     been seen. Where "rho" is below 0, less signal comes later; p as in `rank_correlation`.
     """
     plain = [*list(FAMILY.values())[:4], *list(FAMILY.values())[-2:]]
-    more = [arm for depth in (8, 16) for arm in causes(_final(depth=depth)).values()]
+    more = [a for depth in (8, 16) for a in causes(Run(stage="final", depth=depth)).values()]
     runs = [select(record, arm) for arm in dict.fromkeys([*plain, *map(kaiming, plain), *more])]
     x, y = np.stack([rows["signal"] for rows in runs]), np.stack([*map(steps, runs)])
     middle, late, found = np.median(x, 1), np.median(y, 1), {}
@@ -343,44 +290,3 @@ def died(record: pd.DataFrame) -> pd.DataFrame:
     limits = [0.13 if step >= 100 else CHANCE for step in LOOKS]
     left = (record[[f"valid_{step}" for step in LOOKS]] > limits).any(axis=1)
     return record[left & (record["valid_accuracy"] < CHANCE) & ~record["diverged"]]
-
-
-def expectations(record: pd.DataFrame) -> pd.DataFrame:
-    """Tell of each thing expected before the first run whether it was kept, by the tests above.
-
-    "Trains" means that all runs come to 90 %. "undecided" is what the tests leave open.
-    """
-    table, said = compare(record), {}
-    repairs = {w: [n for n in FAMILY if w in n] for w in ("BatchNorm", "GroupNorm", "residual")}
-    shallow, deep, adam = [*FAMILY][:2], [*FAMILY][2:4], [*FAMILY][4:8]
-    for group, names in ({"2 and 4 layers, SGD": shallow} | repairs).items():
-        rows = table.loc[names]
-        apart = (rows["from"] > 0.01) | (rows["to"] < -0.01)
-        equal = (rows["outcome"] == "equal").all() or None
-        said[f"{group}: equal within 0.01"] = equal if not apart.any() else False
-    for group, names in ({"8 and 16 layers, SGD, Kaiming": deep, "Adam": adam} | repairs).items():
-        came = table.loc[names, ["Kaiming came", "came"][: 1 if names == deep else 2]]
-        said[f"{group}: trains"] = (came == 8).all(axis=None)
-    larger = (table["rate"] > table["Kaiming rate"])[shallow].all()
-    said["2 and 4 layers, SGD: the default's best rate is larger"] = larger
-    eight = FAMILY["8 layers"]
-    first, usual = (steps(select(record, arm)) for arm in (eight, kaiming(eight)))
-    late = first.min() >= 300 + np.median(usual)
-    said["8 layers, SGD: the default 300 steps late, or never"] = late
-    lost = select(record, FAMILY["16 layers"])["test_accuracy"] < CHANCE
-    said["16 layers, SGD: the default at chance"] = lost.all()
-    said["Adam: the default is later"] = table["ratio"][adam].min() > 1
-    for depth in (8, 16):
-        arms = [*causes(_final(depth=depth)).items()][:8]
-        came = {name: steps(select(record, arm)) < math.inf for name, arm in arms}
-        variance, *others = (
-            paired(sum(((b in name) - (a in name)) * runs for name, runs in came.items())).p()
-            for a, b in (("1/3", "2"), ("uniform", "normal"), ("default", "zeros"))
-        )
-        what = f"{depth} layers, SGD: the variance counts, not shape nor bias"
-        said[what] = variance < 0.05 <= min(others)
-    for how, (_, rho, p) in signal_and_time(record).iterrows():
-        said[f"SGD, {how}: less signal, later"] = rho < 0 if p < 0.05 else None
-    words = {True: "kept", False: "failed", None: "undecided"}
-    outcomes = [words[kept] for kept in said.values()]
-    return pd.DataFrame({"expected": [*said], "outcome": outcomes})

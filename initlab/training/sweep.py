@@ -1,12 +1,11 @@
 """Many runs, in processes or on a Dask cluster, into a record that grows row by row."""
 
 import argparse
-import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,6 @@ from tqdm import tqdm
 from initlab.training.plan import plan
 from initlab.training.record import HEADER, RUN, Run, parse, read, runs_of, to_line
 from initlab.training.run import train
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[io.FileIO]:
-    """Open a record to read and append, for one process alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # Not a lock of the record itself, which Windows would let nobody read
-        with FileLock(f"{path}.lock", timeout=0), path.open("ab+", buffering=0) as file:
-            yield file
-    except Timeout:
-        raise RuntimeError(f"{path}: another sweep is writing to it") from None
 
 
 def sweep(
@@ -51,14 +38,20 @@ def sweep(
         dask: Address of a Dask scheduler whose workers train in place of local processes.
 
     Returns:
-        One row a run, in the order of `runs`.
+        One row a run, in the order of the file.
 
     Raises:
         RuntimeError: Another sweep is writing to the file.
         ValueError: The file holds a damaged row, or a run that is not among `runs`; see `read`.
     """
     runs, path = list(dict.fromkeys(runs)), Path(path)
-    with _locked(path) as file, ExitStack() as stack:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:  # not a lock of the record itself, which Windows would let nobody read
+            stack.enter_context(FileLock(f"{path}.lock", timeout=0))
+        except Timeout:
+            raise RuntimeError(f"{path}: another sweep is writing to it") from None
+        file = stack.enter_context(path.open("ab+", buffering=0))
         done = set(runs_of(read(path, runs)))
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
@@ -79,14 +72,12 @@ def sweep(
             file.write(f"{to_line(record)}\n".encode())
             os.fsync(file)
             bar.update(_cost(Run(**{field: record[field] for field in RUN})))
-    record = read(path, runs)
-    place = {run: number for number, run in enumerate(runs_of(record))}
-    return record.iloc[[place[run] for run in runs]]
+    return read(path, runs)
 
 
-def _cost(run: Run) -> int:
+def _cost(run: Run) -> float:
     """Return the work of a run, in steps of one convolution of 16 channels, roughly."""
-    each = {"linear": 1, "lstm": 1, "gpt": 14}.get(run.net, run.width // 8)
+    each = {"linear": 1, "lstm": 1, "gpt": 14}.get(run.net, run.width / 8)
     return run.steps * (run.depth + 2) * each
 
 
@@ -94,21 +85,16 @@ def add_command(commands: Any) -> None:
     """Add `sweep` to the commands of `initlab`."""
     command = commands.add_parser(
         "sweep",
-        help="run the training experiment, or go on with it",
         description="Train what the record does not hold yet, stage after stage.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument(
-        "--only",
-        nargs="+",
-        metavar="FIELD=VALUE",
-        default=[],
-        help="arms with these settings, as in: depth=8 optimizer=adamw norm=none",
-    )
-    command.add_argument("--jobs", type=int, default=os.cpu_count(), help="local processes")
-    command.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
-    command.add_argument("--out", type=Path, default=Path("runs.csv"), metavar="FILE")
-    command.add_argument("--slope", type=float, default=0.0, help="of every activation below 0")
+    add = command.add_argument
+    only = "arms with these settings, as in: depth=8 optimizer=adamw norm=none"
+    add("--only", nargs="+", metavar="FIELD=VALUE", default=[], help=only)
+    add("--jobs", type=int, default=os.cpu_count(), help="local processes")
+    add("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
+    add("--out", type=Path, default=Path("runs.csv"), metavar="FILE")
+    add("--slope", type=float, default=0.0, help="of every activation below 0")
     command.set_defaults(func=main)
 
 
