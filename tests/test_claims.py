@@ -9,15 +9,14 @@ import pandas as pd
 import pytest
 
 from initlab.training import statistics
+from initlab.training.plan import causes, kaiming, network
 from initlab.training.record import CHANCE, RUN, Run, read
 from initlab.training.statistics import (
     FAMILY,
     REMEDIES,
     SECOND,
-    causes,
     compare,
     died,
-    kaiming,
     multiplied,
     paired,
     select,
@@ -500,6 +499,57 @@ def test_eps_and_lsuv():
     names = [f"{depth} layers{init}: LSUV" for init in ("", ", Kaiming") for depth in (8, 16)]
     outcomes = compare(RECORD, {name: REMEDIES[name] for name in names})["outcome"]
     assert outcomes.tolist() == ["undecided", "differ", "undecided", "undecided"]
+
+
+def test_warm_up_and_clipping():
+    table = compare(RECORD, {name: SECOND[f"8 layers, {name}"] for name in ("warm-up", "clipped")})
+    assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[1, 8], [1, 8]]
+    means = table[["default", "Kaiming"]].to_numpy().round(3).tolist()
+    assert means == [[0.331, 0.973], [0.43, 0.971]]
+    assert table["outcome"].tolist() == ["differ", "differ"]
+
+
+def test_who_fails_is_a_matter_of_rounding():
+    first = select(RECORD, FAMILY["16 layers, Adam"])
+    again = select(RECORD, replace(network("16 layers, Adam, 20 epochs"), stage="given"))
+    assert first["seed"].tolist() == again["seed"].tolist()
+    assert first["rate"].tolist() == again["rate"].tolist()
+    assert first["seed"][first["step_90"].isna()].tolist() == [10, 13]
+    assert (again["step_90"].min(), again["step_90"].max()) == (350, 750)
+    change = abs(again["signal"].to_numpy() / first["signal"] - 1)
+    assert 0.001 < change.max() < 0.01
+
+
+def test_fashion():
+    table = compare(
+        RECORD, {f"Fashion, {d} layers": SECOND[f"Fashion, {d} layers"] for d in (4, 8, 16)}
+    )
+    assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[8, 8], [3, 8], [0, 5]]
+    assert table[["default", "Kaiming"]].iloc[0].round(3).tolist() == [0.839, 0.854]
+    assert table[["from", "to"]].iloc[0].round(3).tolist() == [0.004, 0.025]
+    assert (select(RECORD, SECOND["Fashion, 16 layers"])["test_accuracy"] == 0.1).all()
+
+
+def test_gelu():
+    table = compare(
+        RECORD, {f"GELU: {g}": REMEDIES[f"GELU: {g}"] for g in ("the ReLU's gain", "GELU's gain")}
+    )
+    assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[0, 8], [8, 8]]
+    row = table.loc["GELU: GELU's gain"]
+    assert row[["default", "Kaiming"]].astype(float).round(4).tolist() == [0.9714, 0.9732]
+    assert row[["from", "to"]].astype(float).round(3).tolist() == [-0.008, 0.016]
+    assert row[["ratio", "slow from", "slow to"]].astype(float).round(2).tolist() == [
+        1.03,
+        0.65,
+        2.05,
+    ]
+
+
+def test_forget_bias():
+    table = compare(RECORD, {name: REMEDIES[name] for name in ["LSTM, 28 steps: forget bias 1"]})
+    assert table["outcome"].tolist() == ["equal"]
+    assert table[["default", "Kaiming"]].iloc[0].round(4).tolist() == [0.9744, 0.9769]
+    assert table[["ratio", "slow from", "slow to"]].iloc[0].round(2).tolist() == [1.2, 1.1, 1.3]
 
 
 def test_gpt():

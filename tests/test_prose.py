@@ -56,13 +56,6 @@ def test_sections_are_linked_as_jupyter_names_them(path):
         assert unquote(section) in {re.sub(r"[`*$]", "", h).replace(" ", "-") for h in headings}
 
 
-def test_table_for_the_practitioner_links_sections():
-    (text,) = (t for text in PROSE.values() for t in text.split("## For the practitioner")[1:])
-    rows = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
-    assert rows
-    assert [row for row in rows if not re.search(r"\]\(\S*#", row)] == []
-
-
 @each_page
 def test_numbers_of_the_text_are_shown_on_the_page(path):
     assert not_shown(PROSE[path], [PAGES[path]]) == []
