@@ -47,23 +47,18 @@ SOFTMAX = {"_softmax", "_safe_softmax"}
 CROSS_ENTROPY = {"nll_loss_forward", "nll_loss2d_forward"}
 COPIES = {"clone", "_to_copy", "_unsafe_view"}
 BLOCK = 1 << 16  # numbers that are made float64 at a time: they stay in the cache
+# One trace at a time: two of one model would see each other's hooks, buffers and gradients.
+ALONE = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is known of a storage that holds data.
+    """What is known of a storage that holds data."""
 
-    Attributes:
-        origins: Indices of the rows that feed it.
-        whole: The row whose output it is, as it stands.
-        form: "root", as norms divide by; "shares", as a softmax puts out; "product", of data.
-        scalar: The number that it was multiplied by last.
-    """
-
-    origins: frozenset[int] = frozenset()
-    whole: int | None = None
-    form: str = ""
-    scalar: float = 1.0
+    origins: frozenset[int] = frozenset()  # indices of the rows that feed it
+    whole: int | None = None  # the row whose output it is, as it stands
+    form: str = ""  # "root", as norms divide by; "shares", as a softmax makes; "product", of data
+    scalar: float = 1.0  # the number that it was multiplied by last
 
 
 Names = tuple[str, ...]  # of the parameters that a weight was made from
@@ -74,9 +69,9 @@ class Flow(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, x: Any, trains: set[nn.Parameter]) -> None:
         super().__init__()
-        self.trained = trains
         self.paths = {m: _clean(name) for name, m in model.named_modules()}
         self.parameters = {_clean(name): p for name, p in model.named_parameters()}
+        self.trained = {name for name, p in self.parameters.items() if p in trains}
         self.kinds: dict[int, Data | Names | None] = {_key(t): Data() for t in tensors(x)}
         self.places = defaultdict(list)  # of the parameters in each storage
         for name, p in self.parameters.items():
@@ -89,7 +84,6 @@ class Flow(TorchDispatchMode):
         self.running: list[nn.Module] = []
         self.rows: list[dict[str, Any]] = []
         self.weights: dict[tuple[Names, tuple[int, ...]], Weight] = {}
-        self.group: dict[str, Any] | None = None  # a recurrent function in progress
         self.as_data: int | None = None  # a weight that is given to a layer as its input
         self.paused = self.closed = False  # measuring; rows are complete
         self.guess: tuple[float, int] | None = None  # cross-entropy, and the number of classes
@@ -109,12 +103,13 @@ class Flow(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
+        return func(*args, **kwargs or {}) if self.paused else self.see(func, args, kwargs or {})
+
+    def see(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run one operation, and note what its output is made of."""
         schema = getattr(func, "_schema", None)
         mutates = bool(schema and schema.is_mutable)
-        op = (schema.name if schema else str(func)).rpartition("::")[2]
+        op = (schema.name if schema else func.__name__).rpartition("::")[2]
         op = op.removesuffix("_") if mutates else op
         given = [(t, self.of(t)) for t in tensors((args, kwargs))]
         data = [(t, kind) for t, kind in given if isinstance(kind, Data)]
@@ -123,14 +118,12 @@ class Flow(TorchDispatchMode):
         row = None
         if data:
             new, own = _joined(op, args, data), frozenset((len(self.rows),))
-            if self.group is not None:
-                self.group["weights"] |= {n for _, k in given if isinstance(k, tuple) for n in k}
-                self.group["parents"] |= new.origins - own
-                new = Data(own)
-            elif not self.closed and (row := self.draft(func, op, args, kwargs, given, data)):
+            if not self.closed and (row := self.draft(func, op, args, kwargs, given, data)):
                 row["parents"] = new.origins
-                new = Data(own, len(self.rows))
+                new = Data(own, None if op in RECURRENT else len(self.rows))
+        self.paused = op in RECURRENT  # of which all parts are one row
         out = func(*args, **kwargs)
+        self.paused = False
         before = () if mutates else {_key(t) for t, _ in given}  # views stay what they were
         for t in _written(schema, args, kwargs) if mutates else tensors(out):
             if _key(t) not in before:  # of integers only that they are data is known
@@ -156,6 +149,11 @@ class Flow(TorchDispatchMode):
             row |= {"names": names, "gated": kind.form == "product", "scalar": kind.scalar}
             if op in LOOKUPS:
                 row["role"], x = "mixer", None
+        elif op in RECURRENT:
+            large = {n for _, names in given if isinstance(names, tuple) for n in names}
+            names = tuple(n for n, p in self.parameters.items() if n in large and p.dim() > 1)
+            facts = (self.facts("linear", (), self.parameters[n], (n,)) for n in names)
+            row = {"role": "mixer", "names": names, "weights": tuple(facts)}
         elif x is None:
             return None
         elif any(part in op for part in NORMS) and "backward" not in op:
@@ -173,11 +171,12 @@ class Flow(TorchDispatchMode):
             row, x = {"role": "norm"}, next(t for t, kind in data if kind.form != "root")
         else:
             return None
+        size: dict[str, Any] = {}
         if kind.whole is not None and first.numel() == math.prod(self.rows[kind.whole]["shape"]):
-            known = self.rows[kind.whole]
-            row |= {"in_rms": known["rms"], "in_signal": known["signal"]}
-        else:
-            row |= _given(x, self.n)
+            size = self.rows[kind.whole]
+        elif x is not None:
+            size = measured(x, self.n)
+        row |= {f"in_{name}": size[name] for name in ("rms", "signal") if size}
         if self.as_data is not None and _key(first) == self.as_data:
             row |= {"learned": True, "in_signal": math.nan}
         return row | {"op": op, "clipped": op == "hardtanh" and args[1:2] != (0,)}
@@ -209,11 +208,9 @@ class Flow(TorchDispatchMode):
         equal = others.shape[-2] > 0 and torch.equal(others[..., :1, :], last)
         equal = equal and bool((others == last).all())
         mean, std = sample.mean().item(), sample.std(correction=0).item()
-        made = Weight(names, units.numel(), fan_in, mean, std, equal, self.trains(names))
+        trains = not self.trained.isdisjoint(names)
+        made = Weight(names, units.numel(), fan_in, mean, std, equal, trains)
         return self.weights.setdefault(key, made)
-
-    def trains(self, names: Names) -> bool:
-        return any(self.parameters[n] in self.trained for n in names)
 
     def complete(self, row: dict[str, Any], y: Tensor) -> None:
         """Add a row, with what is measured after the operation."""
@@ -255,17 +252,6 @@ class Flow(TorchDispatchMode):
                 # Such a hook still sees the gradient of this value when y is overwritten in place.
                 y.register_hook(lambda g, row=row: row.update(grad_rms=rms(g)))
 
-    def recur(self, name: str, x: Tensor | None, y: Tensor | None) -> bool:
-        """Add one row for all that a recurrent function did; return whether it did something."""
-        weights = [n for n in self.group["weights"] if self.parameters[n].dim() > 1]
-        if y is None or not weights:
-            return False
-        names = tuple(n for n in self.parameters if n in weights)
-        facts = tuple(self.facts("linear", (), self.parameters[n], (n,)) for n in names)
-        row = {"role": "mixer", "op": name, "weights": facts, "names": names}
-        self.complete(row | {"parents": self.group["parents"]} | _given(x, self.n), y)
-        return True
-
 
 class Watch(TorchFunctionMode):
     """Sees the calls of functions, around the operations that they consist of."""
@@ -279,21 +265,18 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         flow, name, kwargs = self.flow, getattr(func, "__name__", ""), kwargs or {}
         start = len(flow.rows)
-        if name in RECURRENT and flow.group is None and not flow.closed:
-            flow.group = {"weights": set(), "parents": frozenset()}
         # Tokens that are learned are data to a layer.
         if name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(flow.of(args[0]), tuple):
             flow.as_data = _key(args[0])
         try:
-            out = func(*args, **kwargs)
+            recurs = name in RECURRENT
+            out = flow.see(func, args, kwargs) if recurs else func(*args, **kwargs)
             flow.paused = True
-            if flow.group is not None:
-                added = flow.recur(name, first_float(args), first_float(out))
-                if added and torch.is_grad_enabled():
-                    flow.rows[-1]["memory"] = _memory(func, args, kwargs)
+            if recurs and len(flow.rows) > start and torch.is_grad_enabled():
+                flow.rows[-1]["memory"] = _memory(func, args, kwargs)
             flow.settle(start, name, out)
         finally:
-            flow.paused, flow.group, flow.as_data = False, None, None
+            flow.paused, flow.as_data = False, None
         return out
 
 
@@ -314,7 +297,7 @@ def watched(
         starts.append(t.requires_grad_())
         return t.clone()  # which the model may change in place
 
-    with ExitStack() as stack:
+    with ALONE, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         devices = {t.device for t in (*tensors(x), *model.parameters()) if t.is_cuda}
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -336,8 +319,7 @@ def watched(
             if loss is not None:
                 value = loss(output) if target is None else loss(output, target)
                 if not isinstance(value, Tensor) or value.numel() != 1:
-                    shape = getattr(value, "shape", None)
-                    got = f"{value!r}" if shape is None else f"shape {tuple(shape)}"
+                    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
                     raise ValueError(f"the loss must be a scalar tensor, got {got}")
             ends = [flow.of(t) for t in tensors(output if value is None else value)]
         made = [t for t in tensors(output) if t.is_floating_point() and t.numel()]
@@ -401,24 +383,18 @@ def _kept(model: nn.Module, backward: bool) -> Iterator[None]:
 
 @contextmanager
 def _hooked(flow: Flow) -> Iterator[None]:
-    """Let the flow know which module runs; other threads that run it are not its business."""
-    thread = threading.get_ident()
+    """Let the flow know which module runs, also where one raises and the model catches that."""
 
-    def before(module: nn.Module, _args: Any) -> None:
-        if threading.get_ident() == thread:
-            flow.running.append(module)
-
-    def after(module: nn.Module, _args: Any, _output: Any) -> None:
-        if threading.get_ident() == thread and module in flow.running:
-            while flow.running.pop() is not module:
-                pass  # a module inside it raised, and the model caught that
+    def after(*_: Any) -> None:
+        flow.running.pop()
 
     with ExitStack() as hooks:
         for m in flow.paths:
             if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None):
                 hooks.enter_context(torch.compiler.set_stance("force_eager"))
-            hooks.enter_context(m.register_forward_pre_hook(before))
-            hooks.enter_context(m.register_forward_hook(after))
+            before = m.register_forward_pre_hook(lambda m, _: flow.running.append(m), prepend=True)
+            hooks.enter_context(before)
+            hooks.enter_context(m.register_forward_hook(after, always_call=True))
         yield
 
 
@@ -426,7 +402,7 @@ def _gradients(value: Tensor, flow: Flow, starts: list[Tensor]) -> dict[str, flo
     """Return the rms of the gradient of each parameter that trains; rows hook their own."""
     named = {n: p for n, p in flow.parameters.items() if p.requires_grad}
     if not _reenters(value):
-        # Not value.backward(): that would add to the .grad of the parameters.
+        # Not value.backward(): that adds to the .grad of parameters, and runs what hooks on it.
         grads = torch.autograd.grad(value, [*named.values(), *starts], allow_unused=True)
     else:  # as reentrant checkpointing asks for
         before = [(p, p.grad) for p in named.values()]
@@ -479,7 +455,7 @@ def _named(flow: Flow, grads: dict[str, float]) -> list[LayerTrace]:
         else:
             own = row["module"]._parameters.get("weight") if row["module"] is not None else None
             names = tuple(n for n, p in flow.parameters.items() if p is own)
-        if names and flow.trains(names):
+        if not flow.trained.isdisjoint(names):
             row["weight_grad_rms"] = grads.get(names[0])
         rows.append(LayerTrace(**{k: v for k, v in row.items() if k in fields}))
     return rows
@@ -570,11 +546,6 @@ def rms(g: Tensor) -> float:
     v = _by_input((g.coalesce().values() if g.is_sparse else g).detach(), 1)
     total = sum(torch.dot(block[0], block[0]).item() for _, block in _blocks(v))
     return math.sqrt(total / max(g.numel(), 1))
-
-
-def _given(x: Tensor | None, n: int) -> dict[str, float]:
-    size = {} if x is None else measured(x, n)
-    return {f"in_{name}": size[name] for name in ("rms", "signal") if size}
 
 
 def _by_input(y: Tensor, n: int) -> Tensor:
