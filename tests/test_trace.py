@@ -707,10 +707,13 @@ def test_eight_threads_and_two_on_one_model(x, target):
         return trace(model, x, target, block_loss)
 
     torch.manual_seed(0)
-    models = [Block() for _ in range(8)] * 2
+    models = [nn.Sequential(nn.BatchNorm2d(2), Block()) for _ in range(8)]
     expected = [judge(model) for model in models]
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(judge, models)) == expected
+        assert list(threads.map(judge, [m for m in models for _ in range(2)])) == [
+            rows for rows in expected for _ in range(2)
+        ]
+    assert not any(model[0].num_batches_tracked for model in models)
 
 
 def test_writing_into_a_slice_keeps_the_path():

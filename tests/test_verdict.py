@@ -192,6 +192,17 @@ def test_the_first_cause_comes_first_and_its_consequences_not_at_all():
     assert kinds(chain([*sizes, math.nan, math.nan])) == [("5", "scale"), ("15", "not finite")]
 
 
+def test_a_layer_is_named_once_for_all_that_follow_it():
+    trunk = chain([math.exp(-0.4 * i) for i in range(1, 21)])
+    other = (
+        dataclasses.replace(e, name=f"{e.name}b", parents=(4 if i == 5 else i + 14,))
+        for i, e in enumerate(trunk[5:], 5)
+    )
+    (problem,) = Trace([*trunk, *other]).problems()
+    assert (problem.layer, problem.kind) == ("0", "shrinks")
+    assert "The same holds" not in problem.reason
+
+
 def test_a_single_input_is_judged_by_its_rms():
     torch.manual_seed(0)
     net = kaiming(dense(8, 64))

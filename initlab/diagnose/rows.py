@@ -119,7 +119,9 @@ class LayerTrace:
         """The call that draws its weight on the scale asked for; empty where there is none."""
         if self.asked_std is None or len(self.weights[0].names) > 1:
             return ""
-        w, name = self.weights[0], of_attribute(self.weights[0].names[0])
+        w = self.weights[0]
+        parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in w.names[0].split("."))
+        name = f"net{''.join(parts)}"
         call = f"nn.init.normal_({name}, std={self.asked_std:.3g})"
         # What torch takes for the fan_in of a weight
         usual = name.endswith(".weight") and w.numel == w.fan_in * self.features
@@ -172,14 +174,3 @@ def some(names: Sequence[str]) -> str:
     """Return the first two of some names, and how many more there are."""
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return f"{', '.join(names[:2])}{more}"
-
-
-def of_attribute(name: str) -> str:
-    """Return how Python writes a qualified name.
-
-    Example:
-        >>> of_attribute("blocks.0.fc.weight")
-        'net.blocks[0].fc.weight'
-    """
-    parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
-    return "net" + "".join(parts)
