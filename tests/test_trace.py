@@ -732,6 +732,22 @@ def test_writing_into_a_slice_keeps_the_path():
     assert [(e.name, e.parents) for e in rows] == [("step", ()), ("step#2", ()), ("head", (0, 1))]
 
 
+def test_a_constant_made_on_the_way_has_no_parents():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.other, self.last = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x):
+            h = self.first(x)
+            for _ in range(20):
+                self.other(x).sum()  # freed at once: the constant may get its storage
+                h = h * torch.tensor(1.0)
+            return self.last(h)
+
+    assert trace(Model(), torch.randn(4, 3))[-1].parents == (0,)
+
+
 def test_norms_written_out_are_norms():
     class RMS(nn.Module):
         def __init__(self):

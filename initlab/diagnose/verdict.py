@@ -62,7 +62,7 @@ class Graph:
     def problem(self, i: int, kind: str, value: float, reason: str, *also: int) -> Problem:
         """Return a problem of row i; the rows `also` may be to blame for it."""
         idle = kind not in STAYS and any(e.idle for e in self.rows)
-        draws = ADVICE[kind].startswith("Draw") and not idle
+        draws = ADVICE[kind].startswith("Draw") and not idle  # then there is a line to paste
         fixes = [self.rows[j].fix for j in (i, *also)] if draws else []
         return Problem(self.rows[i].name, kind, value, reason, "\n".join(filter(None, fixes)), idle)
 
@@ -211,11 +211,10 @@ def remark(rows: Rows, info: dict[str, Any] | None = None) -> list[str]:
     for w in (w for e in rows for w in e.weights if w.std and not w.equal):
         copies[w.numel, w.mean, w.std].add(w.names[0])
     same = [", ".join(sorted(names)[:3]) for names in copies.values() if len(names) > 1]
-    single, alike = info.get("n") == 1, bool(rows) and _same(rows)
     said = []
-    if single:
+    if info.get("n") == 1:
         said.append("With one input there is no signal: only sizes were judged.")
-    elif alike:
+    elif rows and _same(rows):
         said.append("All inputs are the same: there is no signal, only sizes were judged.")
     elif silent:
         said.append(f"An output is the same for all inputs, of rms {silent[0]:.3g}: no signal.")
@@ -264,9 +263,8 @@ def _dead(g: Graph) -> Iterator[Problem]:
     with a probability of at most exp(-5^2 / 2) = 4e-6 (Hoeffding's inequality).
     """
     for i, e in g.live():
-        dead, source = round((e.dead or 0) * e.features), i
-        if len(e.parents) == 1:
-            (source,) = e.parents
+        dead = round((e.dead or 0) * e.features)
+        source = e.parents[0] if len(e.parents) == 1 else i
         luck = dead == e.features < FEW and g.children[i] and not g.alone(i)
         if not dead or luck or (source != i and g.rows[source].rms == 0):
             continue
@@ -423,9 +421,9 @@ def _output(g: Graph) -> Iterator[Problem]:
 
 def _reached(g: Graph) -> Iterator[Problem]:
     """Find a weight that the loss's data comes from, but its gradient does not come to."""
-    ancestors, todo = set(), list(g.info.get("ends", ())) if g.info.get("graded") else []
+    ancestors, todo = set(), [*g.ends] if g.info.get("graded") else []
     while todo:
-        if (i := todo.pop()) not in ancestors and i < len(g.rows):
+        if (i := todo.pop()) not in ancestors:
             ancestors.add(i)
             todo += g.rows[i].parents
     # A zero that gets a gradient wakes the zeros before it.

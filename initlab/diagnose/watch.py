@@ -12,7 +12,7 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,8 @@ class Flow(TorchDispatchMode):
         mutates = bool(schema and schema.is_mutable)
         op = (schema.name if schema else func.__name__).rpartition("::")[2]
         op = op.removesuffix("_") if mutates else op
-        given = [(t, self.of(t)) for t in tensors((args, kwargs))]
+        # What is lifted is a new constant, whose storage may have been another's before
+        given = [(t, self.of(t)) for t in tensors((args, kwargs)) if op != "lift_fresh"]
         data = [(t, kind) for t, kind in given if isinstance(kind, Data)]
         names = (n for _, kind in given if isinstance(kind, tuple) for n in kind)
         new: Data | Names | None = tuple(dict.fromkeys(names)) or None
@@ -304,13 +305,14 @@ def watched(
         stack.enter_context(torch.set_grad_enabled(loss is not None))
         copies = copy.deepcopy(x, {id(t): fresh(t) for t in tensors(x)})
         trained = {p for p in parameters if p.requires_grad}
-        stack.enter_context(_kept(model, loss is not None))
+        _keep(stack, model, loss is not None)
         flow = Flow(model, copies, trained)
         args, kwargs = ((), dict(copies)) if isinstance(copies, Mapping) else (copies, {})
         args = args if isinstance(args, tuple | list) else (args,)
         torch.clear_autocast_cache()  # its copies of the weights would be strangers
         stack.callback(torch.clear_autocast_cache)
-        with _hooked(flow), flow, Watch(flow):
+        _listen(stack, flow)
+        with flow, Watch(flow):
             output = model(*args, **kwargs)
             flow.closed = True
             if not flow.rows:
@@ -360,42 +362,33 @@ def _refuse(model: nn.Module, x: Any) -> None:
         raise ValueError(f"x is empty, of shape {empty[0]}")
 
 
-@contextmanager
-def _kept(model: nn.Module, backward: bool) -> Iterator[None]:
+def _keep(stack: ExitStack, model: nn.Module, backward: bool) -> None:
     """Let copies take the buffers' places; meanwhile frozen parameters pass gradients on."""
     copies = {b: b.detach().clone() for b in model.buffers()}
-    buffers = [(m, dict(m._buffers)) for m in model.modules() if m._buffers]
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_leaf]
-    frozen = [p for p in frozen if backward and (p.is_floating_point() or p.is_complex())]
-    try:
-        for m, before in buffers:
-            m._buffers.update({n: copies.get(b, b) for n, b in before.items()})
-        for p in frozen:
+    for m in model.modules():
+        # Not by setattr, which a compiled module hands on to what it wraps
+        stack.callback(m.__dict__.update, _buffers=m._buffers)
+        m.__dict__["_buffers"] = {n: copies.get(b, b) for n, b in m._buffers.items()}
+    for p in model.parameters() if backward else ():
+        if not p.requires_grad and p.is_leaf and (p.is_floating_point() or p.is_complex()):
+            stack.callback(p.requires_grad_, False)
             p.requires_grad_()
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-        for m, before in buffers:
-            m._buffers.clear()
-            m._buffers.update(before)
 
 
-@contextmanager
-def _hooked(flow: Flow) -> Iterator[None]:
+def _listen(stack: ExitStack, flow: Flow) -> None:
     """Let the flow know which module runs, also where one raises and the model catches that."""
+
+    def before(module: nn.Module, _args: Any) -> None:
+        flow.running.append(module)
 
     def after(*_: Any) -> None:
         flow.running.pop()
 
-    with ExitStack() as hooks:
-        for m in flow.paths:
-            if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None):
-                hooks.enter_context(torch.compiler.set_stance("force_eager"))
-            before = m.register_forward_pre_hook(lambda m, _: flow.running.append(m), prepend=True)
-            hooks.enter_context(before)
-            hooks.enter_context(m.register_forward_hook(after, always_call=True))
-        yield
+    for m in flow.paths:
+        if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(m.register_forward_pre_hook(before, prepend=True))
+        stack.enter_context(m.register_forward_hook(after, always_call=True))
 
 
 def _gradients(value: Tensor, flow: Flow, starts: list[Tensor]) -> dict[str, float]:
@@ -443,10 +436,11 @@ def _named(flow: Flow, grads: dict[str, float]) -> list[LayerTrace]:
         calls[name] += 1
         row["name"] = name + (f"#{calls[name]}" if calls[name] > 1 else "")
         row["parents"] = tuple(sorted(row["parents"]))
-        weights = row.get("weights", ())
-        largest = [max((grads[n] for n in w.names if n in grads), default=None) for w in weights]
-        pairs = zip(weights, largest, strict=True)
-        row["weights"] = tuple(dataclasses.replace(w, grad_rms=g) for w, g in pairs)
+        weights = []
+        for w in row.get("weights", ()):
+            largest = max((grads[n] for n in w.names if n in grads), default=None)
+            weights.append(dataclasses.replace(w, grad_rms=largest))
+        row["weights"] = tuple(weights)
         if weights:
             names, row["weight_std"] = weights[0].names[:1], weights[0].std
             if row["role"] == "layer":
@@ -624,16 +618,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-        return
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.values()
+    elif isinstance(value, Mapping):
+        yield from tensors(tuple(value.values()))
     elif isinstance(value, tuple | list):
-        items = value
+        for item in value:
+            yield from tensors(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = (getattr(value, item.name) for item in dataclasses.fields(value))
-    for item in items:
-        yield from tensors(item)
+        yield from tensors([getattr(value, item.name) for item in dataclasses.fields(value)])
 
 
 def first_float(value: Any) -> Tensor | None:
