@@ -102,8 +102,8 @@ def test_lazy_layers_are_run_once(run):
         (["plain", "--shape", "3"], "does not run on (8, 3)"),
         (["Two", "--shape", "3"], "--shape once for each input"),
         (["plain", "--batch", "0"], "empty"),
-        (["plain", "--save", "/no/such/folder/t.png"], "No such file"),
-        (["plain", "--data", "/no/such.npy"], "there is no file"),
+        (["plain", "--save", "/no/such/folder/t.png"], "no file can be made there"),
+        (["plain", "--data", "/no/such.npy"], "No such file"),
     ],
 )
 def test_an_error_is_one_sentence(run, argv, words):

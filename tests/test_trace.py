@@ -707,10 +707,13 @@ def test_eight_threads_and_two_on_one_model(x, target):
         return trace(model, x, target, block_loss)
 
     torch.manual_seed(0)
-    models = [Block() for _ in range(8)] * 2
+    models = [nn.Sequential(nn.BatchNorm2d(2), Block()) for _ in range(8)]
     expected = [judge(model) for model in models]
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(judge, models)) == expected
+        assert list(threads.map(judge, [m for m in models for _ in range(2)])) == [
+            rows for rows in expected for _ in range(2)
+        ]
+    assert not any(model[0].num_batches_tracked for model in models)
 
 
 def test_writing_into_a_slice_keeps_the_path():
@@ -727,6 +730,22 @@ def test_writing_into_a_slice_keeps_the_path():
 
     rows = trace(Loop(), torch.randn(4, 2, 3))
     assert [(e.name, e.parents) for e in rows] == [("step", ()), ("step#2", ()), ("head", (0, 1))]
+
+
+def test_a_constant_made_on_the_way_has_no_parents():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.other, self.last = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x):
+            h = self.first(x)
+            for _ in range(20):
+                self.other(x).sum()  # freed at once: the constant may get its storage
+                h = h * torch.tensor(1.0)
+            return self.last(h)
+
+    assert trace(Model(), torch.randn(4, 3))[-1].parents == (0,)
 
 
 def test_norms_written_out_are_norms():

@@ -2,13 +2,13 @@
 
 import argparse
 import ast
-import dataclasses
 import json
-import math
+import os
 import runpy
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
@@ -67,22 +68,34 @@ def main(args: argparse.Namespace) -> int:
     except Exception as error:  # whatever a foreign factory or model raises
         if args.traceback:
             traceback.print_exc()
-        kind = "" if isinstance(error, RefusedError) else f"{type(error).__name__}: "
-        print("initlab trace:", *f"{kind}{error}".split(), file=sys.stderr)
+        text = str(error)
+        if not isinstance(error, RefusedError):
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+        print("initlab trace:", *text.split(), file=sys.stderr)
         return 2
     noise = f"Judged on noise of shape {_shapes(x)}; --data FILE takes your own batch."
     remarks = [] if args.data else [noise]
+    problems = rows.problems()
     if args.json:
-        print(json.dumps(_plain(rows, remarks), indent=1))
+        found = {
+            "problems": [{**asdict(p), "advice": p.advice} for p in problems],
+            "remarks": rows.remarks() + remarks,
+            "seen": rows.seen(),
+            "rows": [asdict(e) for e in rows],
+        }
+        # JSON has no nan and no infinity
+        found = json.loads(json.dumps(found), parse_constant=lambda _: None)
+        print(json.dumps(found, indent=1))
     else:
         print(rows.text(fold=not args.all), *remarks, sep="\n\n")
-    return 1 if rows.problems() else 0
+    return 1 if problems else 0
 
 
 def run(args: argparse.Namespace) -> tuple[Trace, tuple[Tensor, ...]]:
     """Return the trace that the arguments ask for, and what was fed."""
-    if args.save:
-        _try_to_write(args.save)
+    if args.save and not os.access(args.save.parent, os.W_OK):
+        raise RefusedError(f"--save {args.save}: no file can be made there")
     torch.manual_seed(args.seed)
     model = build(args.model, args.arguments).train(not args.eval).to(args.device)
     last: Exception | None = None
@@ -100,10 +113,8 @@ def run(args: argparse.Namespace) -> tuple[Trace, tuple[Tensor, ...]]:
         hint = "give another --shape, or --ints VOCAB if it takes tokens"
         if "required positional argument" in str(last):
             hint = "give --shape once for each input"
-        reason = str(last).partition("\n")[0]
-        text = (
-            f"{args.model} does not run on {_shapes(x)} ({type(last).__name__}: {reason}); {hint}"
-        )
+        reason = f"{type(last).__name__}: {str(last).partition(chr(10))[0]}"
+        text = f"{args.model} does not run on {_shapes(x)} ({reason}); {hint}"
         raise RefusedError(text) from last
     if args.save:
         figure = plot_trace(rows)
@@ -125,17 +136,11 @@ def build(name: str, arguments: list[str]) -> nn.Module:
     sys.path.insert(0, str(Path(where).parent if where.endswith(".py") else Path.cwd()))
     try:
         made = _found(where, what)
-        if callable(made) and not isinstance(made, nn.Module):
-            made = made(**options)
-    except RefusedError:
-        raise
     except ModuleNotFoundError as error:
         text = f"there is no module {error.name}: install it, or give file.py:factory"
         raise RefusedError(text) from error
-    except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{name} raises {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
-        raise RefusedError(text) from error
+    if callable(made) and not isinstance(made, nn.Module):
+        made = made(**options)
     if not isinstance(made, nn.Module):
         what = f"{name} gives a {type(made).__name__}"
         raise RefusedError(f"{what}: name a factory that returns a module")
@@ -148,12 +153,10 @@ def _found(where: str, what: str) -> Any:
         return partial(import_module("torchvision.models").get_model, what, weights=None)
     if where == "timm":
         return partial(import_module("timm").create_model, what)
-    if not where.endswith(".py"):
-        home = import_module(where)  # which may make its names when they are asked for
-    elif Path(where).exists():
+    if where.endswith(".py"):
         home = SimpleNamespace(**runpy.run_path(where, run_name=Path(where).stem))
     else:
-        raise RefusedError(f"there is no file {where}")
+        home = import_module(where)  # which may make its names when they are asked for
     if not hasattr(home, what):
         raise RefusedError(f"{where} has no {what}")
     return getattr(home, what)
@@ -174,35 +177,33 @@ def inputs(args: argparse.Namespace, model: nn.Module) -> Iterator[tuple[Tensor,
     if args.data:
         yield (_read(args.data),)
         return
-    g = torch.Generator().manual_seed(args.seed)
-    config, known = getattr(model, "config", None), getattr(model, "pretrained_cfg", None) or {}
+    config = getattr(model, "config", None)
     first = next((m for m in model.modules() if isinstance(m, FIRST)), None)
-    tokens = args.ints
+    tokens, tried = args.ints, [[_shape(text) for text in args.shape or ()]]
     if not args.shape:
         tokens = tokens or getattr(config, "vocab_size", 0) or getattr(first, "num_embeddings", 0)
-
-    def noise(shape: Iterable[int]) -> Tensor:
-        shape = (args.batch, *shape)
-        return (
-            torch.randint(tokens, shape, generator=g) if tokens else torch.randn(shape, generator=g)
+        tried = [[shape] for shape in ([(16,)] if tokens else _guessed(model, config, first))]
+    g = torch.Generator().manual_seed(args.seed)
+    for shapes in tried:
+        sizes = [(args.batch, *shape) for shape in shapes]
+        yield tuple(
+            torch.randint(tokens, size, generator=g) if tokens else torch.randn(size, generator=g)
+            for size in sizes
         )
 
-    if args.shape:
-        yield tuple(noise(_shape(text)) for text in args.shape)
-        return
-    if tokens:
-        shapes = [(16,)]
-    elif "input_size" in known:
-        shapes = [known["input_size"]]
-    elif isinstance(first, nn.Linear | nn.RNNBase):
+
+def _guessed(model: nn.Module, config: Any, first: nn.Module | None) -> list[tuple[int, ...]]:
+    """Return shapes that the model may take, by what it says of itself and its first layer."""
+    known = getattr(model, "pretrained_cfg", None) or {}
+    if "input_size" in known:
+        return [known["input_size"]]
+    if isinstance(first, nn.Linear | nn.RNNBase):
         size = first.in_features if isinstance(first, nn.Linear) else first.input_size
-        shapes = [(size,), (16, size)]
-    else:
-        channels = getattr(first, "in_channels", 0) or 3  # lazy layers have 0
-        dims = 1 if isinstance(first, nn.Conv1d) else 3 if isinstance(first, nn.Conv3d) else 2
-        sides = [config.image_size] if hasattr(config, "image_size") else SIDES
-        shapes = [(channels, *[side] * dims) for side in sides]
-    yield from ((noise(shape),) for shape in shapes)
+        return [(size,), (16, size)]
+    channels = getattr(first, "in_channels", 0) or 3  # lazy layers have 0
+    dims = 1 if isinstance(first, nn.Conv1d) else 3 if isinstance(first, nn.Conv3d) else 2
+    sides = [config.image_size] if hasattr(config, "image_size") else SIDES
+    return [(channels, *[side] * dims) for side in sides]
 
 
 def _shape(text: str) -> list[int]:
@@ -214,8 +215,6 @@ def _shape(text: str) -> list[int]:
 
 def _read(path: Path) -> Tensor:
     """Read a batch, without running code that a file may hold."""
-    if not path.exists():
-        raise RefusedError(f"there is no file {path}")
     if path.suffix == ".npy":
         import numpy as np
 
@@ -227,26 +226,15 @@ def _read(path: Path) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def _try_to_write(path: Path) -> None:
-    there = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise RefusedError(f"--save {path}: {error.strerror}") from error
-    if not there:
-        path.unlink()
-
-
 def _watched(model: nn.Module, x: tuple[Tensor, ...]) -> Trace:
     """Trace, with a progress bar over the modules after two seconds."""
-    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
-    with tqdm(total=len(leaves), delay=2, leave=False, desc="forward", unit=" modules") as bar:
-        hooks = [m.register_forward_hook(lambda *_: bar.update() and None) for m in leaves]
+    total = sum(1 for _ in model.modules())
+    with tqdm(total=total, delay=2, leave=False, desc="forward", unit=" modules") as bar:
+        hook = register_module_forward_hook(lambda *_: bar.update() and None)
         try:
             return trace(model, x, loss=random_direction)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
 
 def random_direction(output: Any) -> Tensor:
@@ -255,18 +243,3 @@ def random_direction(output: Any) -> Tensor:
     if y is None:
         raise RefusedError("the model returns no tensor of real numbers, so there is no loss")
     return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)).sum()
-
-
-def _plain(rows: Trace, remarks: list[str]) -> dict[str, Any]:
-    """Return what JSON can hold: nan and infinities become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-    problems = [{**dataclasses.asdict(p), "advice": p.advice} for p in rows.problems()]
-    found = {"problems": problems, "remarks": rows.remarks() + remarks, "seen": rows.seen()}
-    return plain(found | {"rows": [dataclasses.asdict(e) for e in rows]})

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from initlab.diagnose.rows import ROUNDING, LayerTrace, Problem, number, some
-from initlab.diagnose.verdict import diagnose, judge, remark
+from initlab.diagnose.verdict import judge, remark
 from initlab.diagnose.watch import watched
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-LABELS = {"grad_rms": "rms of the gradient"}
 
 
 class Trace(list[LayerTrace]):
@@ -35,28 +33,27 @@ class Trace(list[LayerTrace]):
             >>> [(p.layer, p.kind, p.value) for p in trace(model, torch.randn(8, 9)).problems()]
             [('0', 'dead', 1.0)]
         """
-        return diagnose(self, self.info)
+        return judge(self, self.info)[0]
 
     def seen(self) -> str:
         """Say which share of the weights (of 2 dimensions or more) was seen to multiply data.
 
         And which share was judged: not what a problem before it spoils, nor what has no signal.
         """
-        sizes = self.info.get("sizes", {})
-        if not sizes:
+        if not (sizes := self.info.get("sizes")):
             return "it has no weights" if "sizes" in self.info else ""
 
-        def share(names: set[str], of: Container[str], what: str) -> str:
-            left = [n for n in sizes if n in of and n not in names]
-            left.sort(key=lambda n: -sizes[n])
-            part = sum(sizes[n] for n in sizes if n in names) / sum(sizes.values())
+        def share(names: set[str], of: set[str], what: str) -> str:
+            left = sorted((n for n in sizes if n in of - names), key=lambda n: -sizes[n])
+            part = sum(sizes[n] for n in names) / sum(sizes.values())
             return f"{part:.1%} {what}, not {some(left)}" if left else f"100% {what}"
 
-        seen = {n for e in self for w in e.weights for n in w.names} & sizes.keys()
-        judged = judge(self, self.info)[1]
+        large = set(sizes)
+        seen = large.intersection(n for e in self for w in e.weights for n in w.names)
+        judged = large & judge(self, self.info)[1]
         if judged >= seen:
-            return share(seen, sizes, "of the weights seen and judged")
-        return f"{share(seen, sizes, 'of the weights seen')}; {share(judged, seen, 'judged')}"
+            return share(seen, large, "of the weights seen and judged")
+        return f"{share(seen, large, 'of the weights seen')}; {share(judged, seen, 'judged')}"
 
     def to_frame(self) -> "pd.DataFrame":
         """Return all rows and numbers as a DataFrame, by name of the layer."""
@@ -90,15 +87,13 @@ class Trace(list[LayerTrace]):
         shown = {i + k for i, e in enumerate(self) if e.name in named for k in (-1, 0, 1)}
         shown |= {*range(5), *range(len(self) - 5, len(self))}
         folded = [header]
-        for keep, group in groupby(range(len(self)), lambda i: i in shown):
+        for keep, group in groupby(range(len(self)), shown.__contains__):
             run = list(group)
             if keep or len(run) < 3 or not fold:
                 folded += [lines[i] for i in run]
             else:
-                sizes = [self[i].rms for i in run]
-                folded.append(
-                    f"... {len(run)} rows, rms {number(min(sizes))} to {number(max(sizes))}"
-                )
+                sizes = number(min(self[i].rms for i in run)), number(max(self[i].rms for i in run))
+                folded.append(f"... {len(run)} rows, rms {sizes[0]} to {sizes[1]}")
         count = f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)} found"
         first = "; ".join(filter(None, (count, self.seen())))
         said = [r for r in self.remarks() if not any(r == p.advice for p in problems)]
@@ -139,7 +134,7 @@ def plot_trace(
         graded = any(e.grad_rms is not None for nets in groups.values() for e in nets[0])
         fields = ("signal", "rms", "grad_rms") if graded else ("signal", "rms")
     tables = all(isinstance(nets, Trace) for nets in named.values())
-    first, label, labels = (0, "row of the table", {}) if tables else (1, "layer", LABELS)
+    first, label = (0, "row of the table") if tables else (1, "layer")
     wide = len(fields) > 2  # then the legend stands below
     size = (9, 3.2) if wide else (2 + 3.3 * len(fields), 3)
     figure, axes = plt.subplots(1, len(fields), figsize=size, squeeze=False, layout="constrained")
@@ -148,17 +143,17 @@ def plot_trace(
             rows = [[getattr(e, field) or math.nan for e in net] for net in nets]
             values = torch.tensor(rows, dtype=torch.float64)
             layers = range(first, values.shape[1] + first)
-            color = (colors or {}).get(name, f"C{place}")
-            wider = 1.2 * (len(groups) - 1 - place) if tables else 0
-            width = plt.rcParams["lines.linewidth"] + wider
+            color, wider = (colors or {}).get(name, f"C{place}"), len(groups) - 1 - place
+            width = plt.rcParams["lines.linewidth"] + (1.2 * wider if tables else 0)
             ax.plot(layers, values.log().mean(0).exp(), color=color, lw=width, label=name)
             ax.fill_between(layers, values.amin(0), values.amax(0), color=color, alpha=0.2, lw=0)
-            if theory and field in theory.get(name, {}):
+            if field in (theory or {}).get(name, {}):
                 ax.plot(layers, theory[name][field], color="k", ls="--", lw=0.9)
             for problem in nets[0].problems() if isinstance(named[name], Trace) else []:
                 at = first + [e.name for e in nets[0]].index(problem.layer)
                 ax.axvline(at, color=color, ls=":", label=f"{problem.layer}: {problem.kind}")
-        ax.set(yscale="log", xlabel=label, ylabel=labels.get(field, field))
+        long = not tables and field == "grad_rms"
+        ax.set(yscale="log", xlabel=label, ylabel="rms of the gradient" if long else field)
     handles, names = axes[0, 0].get_legend_handles_labels()
     if theory:
         handles, names = [*handles, plt.Line2D([], [], color="k", ls="--")], [*names, "theory"]

@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # A signal below this share of the rms is rounding: float32 has an eps of 1.2e-7.
 ROUNDING = 1e-6
@@ -31,27 +32,20 @@ IDLE = "BatchNorm in eval mode does nothing before training: look at train mode.
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that an operation multiplied by, as it was given (after a reparametrisation).
+    """A weight that an operation multiplied by, as it was given (after a reparametrisation)."""
 
-    Attributes:
-        names: Qualified names of the parameters that it was made from.
-        numel: Number of its entries.
-        fan_in: How many products each output sums.
-        mean: Mean of its entries.
-        std: Their standard deviation.
-        equal: Whether all of its units, of 2 or more, are the same.
-        trains: Whether one of its parameters requires a gradient.
-        grad_rms: Rms of its parameters' gradient over all uses, the largest; None without one.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # qualified names of the parameters that it was made from
     numel: int
-    fan_in: int
+    fan_in: int  # how many products each output sums
     mean: float
     std: float
-    equal: bool = False
-    trains: bool = True
-    grad_rms: float | None = None
+    equal: bool = False  # whether all of its units, of 2 or more, are the same
+    trains: bool = True  # whether one of its parameters requires a gradient
+    grad_rms: float | None = None  # of its parameters over all uses, the largest; or None
+
+
+def _hidden(default: Any) -> Any:
+    return field(default=default, repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,23 +69,10 @@ class LayerTrace:
             when it is frozen.
         dead: Share of the features (channels) that are 0 for every input and position, for
             activations that can die; None for others.
-        above: For these, how many features are above 0 for every input and position.
-        in_rms: Rms of the data given; nan if that is not known.
-        in_signal: Its signal.
-        role: "layer" (multiplies by a weight), "mixer" (embedding, recurrent), "activation", "norm"
-            (divides by what it measures) or "affine" (BatchNorm in eval mode, which only scales).
-        features: Number of features (channels) of the output.
-        op: Name of the operation.
-        parents: Indices of the rows that feed it, by way of whatever holds no row.
-        weights: What it multiplied by.
-        weight_std: Standard deviation with which the first of them is drawn.
+        weight_std: Standard deviation with which the first of its weights is drawn.
         asked_std: That which its fan_in and the activation after it ask for, gain / sqrt(fan_in).
         memory: Of a recurrent layer, by how much a gradient from its last step has changed at the
             first; None where that was not measured.
-        learned: Whether what it was given is made from parameters alone, as learned tokens are.
-        idle: Whether it is a BatchNorm whose running statistics are those of its start.
-        gated: Whether it was given a product of its parents.
-        scalar: The number that its data was multiplied by just before.
     """
 
     name: str
@@ -104,21 +85,23 @@ class LayerTrace:
     grad_rms: float | None = None
     weight_grad_rms: float | None = None
     dead: float | None = None
-    above: int = field(default=0, repr=False)
-    in_rms: float = field(default=math.nan, repr=False)
-    in_signal: float = field(default=math.nan, repr=False)
-    role: str = field(default="layer", repr=False)
-    features: int = field(default=1, repr=False)
-    op: str = field(default="", repr=False)
-    parents: tuple[int, ...] = field(default=(), repr=False)
-    weights: tuple[Weight, ...] = field(default=(), repr=False)
-    weight_std: float | None = field(default=None, repr=False)
-    asked_std: float | None = field(default=None, repr=False)
-    memory: float | None = field(default=None, repr=False)
-    learned: bool = field(default=False, repr=False)
-    idle: bool = field(default=False, repr=False)
-    gated: bool = field(default=False, repr=False)
-    scalar: float = field(default=1.0, repr=False)
+    above: int = _hidden(0)  # how many features are above 0 for every input and position
+    in_rms: float = _hidden(math.nan)  # of the data given; nan if that is not known
+    in_signal: float = _hidden(math.nan)
+    # "layer" (multiplies by a weight), "mixer" (embedding, recurrent), "activation", "norm"
+    # (divides by what it measures) or "affine" (BatchNorm in eval mode, which only scales)
+    role: str = _hidden("layer")
+    features: int = _hidden(1)  # their number
+    op: str = _hidden("")  # name of the operation
+    parents: tuple[int, ...] = _hidden(())  # the rows that feed it, by way of what has no row
+    weights: tuple[Weight, ...] = _hidden(())  # what it multiplied by
+    weight_std: float | None = _hidden(None)
+    asked_std: float | None = _hidden(None)
+    memory: float | None = _hidden(None)
+    learned: bool = _hidden(False)  # it was given what is made of parameters alone, as tokens are
+    idle: bool = _hidden(False)  # a BatchNorm whose running statistics are those of its start
+    gated: bool = _hidden(False)  # it was given a product of its parents
+    scalar: float = _hidden(1.0)  # the number that its data was multiplied by just before
 
     @property
     def size(self) -> float:
@@ -136,7 +119,9 @@ class LayerTrace:
         """The call that draws its weight on the scale asked for; empty where there is none."""
         if self.asked_std is None or len(self.weights[0].names) > 1:
             return ""
-        w, name = self.weights[0], of_attribute(self.weights[0].names[0])
+        w = self.weights[0]
+        parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in w.names[0].split("."))
+        name = f"net{''.join(parts)}"
         call = f"nn.init.normal_({name}, std={self.asked_std:.3g})"
         # What torch takes for the fan_in of a weight
         usual = name.endswith(".weight") and w.numel == w.fan_in * self.features
@@ -189,14 +174,3 @@ def some(names: Sequence[str]) -> str:
     """Return the first two of some names, and how many more there are."""
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return f"{', '.join(names[:2])}{more}"
-
-
-def of_attribute(name: str) -> str:
-    """Return how Python writes a qualified name.
-
-    Example:
-        >>> of_attribute("blocks.0.fc.weight")
-        'net.blocks[0].fc.weight'
-    """
-    parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
-    return "net" + "".join(parts)

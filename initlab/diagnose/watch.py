@@ -12,7 +12,7 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,23 +47,18 @@ SOFTMAX = {"_softmax", "_safe_softmax"}
 CROSS_ENTROPY = {"nll_loss_forward", "nll_loss2d_forward"}
 COPIES = {"clone", "_to_copy", "_unsafe_view"}
 BLOCK = 1 << 16  # numbers that are made float64 at a time: they stay in the cache
+# One trace at a time: two of one model would see each other's hooks, buffers and gradients.
+ALONE = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is known of a storage that holds data.
+    """What is known of a storage that holds data."""
 
-    Attributes:
-        origins: Indices of the rows that feed it.
-        whole: The row whose output it is, as it stands.
-        form: "root", as norms divide by; "shares", as a softmax puts out; "product", of data.
-        scalar: The number that it was multiplied by last.
-    """
-
-    origins: frozenset[int] = frozenset()
-    whole: int | None = None
-    form: str = ""
-    scalar: float = 1.0
+    origins: frozenset[int] = frozenset()  # indices of the rows that feed it
+    whole: int | None = None  # the row whose output it is, as it stands
+    form: str = ""  # "root", as norms divide by; "shares", as a softmax makes; "product", of data
+    scalar: float = 1.0  # the number that it was multiplied by last
 
 
 Names = tuple[str, ...]  # of the parameters that a weight was made from
@@ -74,9 +69,9 @@ class Flow(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, x: Any, trains: set[nn.Parameter]) -> None:
         super().__init__()
-        self.trained = trains
         self.paths = {m: _clean(name) for name, m in model.named_modules()}
         self.parameters = {_clean(name): p for name, p in model.named_parameters()}
+        self.trained = {name for name, p in self.parameters.items() if p in trains}
         self.kinds: dict[int, Data | Names | None] = {_key(t): Data() for t in tensors(x)}
         self.places = defaultdict(list)  # of the parameters in each storage
         for name, p in self.parameters.items():
@@ -89,7 +84,6 @@ class Flow(TorchDispatchMode):
         self.running: list[nn.Module] = []
         self.rows: list[dict[str, Any]] = []
         self.weights: dict[tuple[Names, tuple[int, ...]], Weight] = {}
-        self.group: dict[str, Any] | None = None  # a recurrent function in progress
         self.as_data: int | None = None  # a weight that is given to a layer as its input
         self.paused = self.closed = False  # measuring; rows are complete
         self.guess: tuple[float, int] | None = None  # cross-entropy, and the number of classes
@@ -109,28 +103,28 @@ class Flow(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
+        return func(*args, **kwargs or {}) if self.paused else self.see(func, args, kwargs or {})
+
+    def see(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run one operation, and note what its output is made of."""
         schema = getattr(func, "_schema", None)
         mutates = bool(schema and schema.is_mutable)
-        op = (schema.name if schema else str(func)).rpartition("::")[2]
+        op = (schema.name if schema else func.__name__).rpartition("::")[2]
         op = op.removesuffix("_") if mutates else op
-        given = [(t, self.of(t)) for t in tensors((args, kwargs))]
+        # What is lifted is a new constant, whose storage may have been another's before
+        given = [(t, self.of(t)) for t in tensors((args, kwargs)) if op != "lift_fresh"]
         data = [(t, kind) for t, kind in given if isinstance(kind, Data)]
         names = (n for _, kind in given if isinstance(kind, tuple) for n in kind)
         new: Data | Names | None = tuple(dict.fromkeys(names)) or None
         row = None
         if data:
             new, own = _joined(op, args, data), frozenset((len(self.rows),))
-            if self.group is not None:
-                self.group["weights"] |= {n for _, k in given if isinstance(k, tuple) for n in k}
-                self.group["parents"] |= new.origins - own
-                new = Data(own)
-            elif not self.closed and (row := self.draft(func, op, args, kwargs, given, data)):
+            if not self.closed and (row := self.draft(func, op, args, kwargs, given, data)):
                 row["parents"] = new.origins
-                new = Data(own, len(self.rows))
+                new = Data(own, None if op in RECURRENT else len(self.rows))
+        self.paused = op in RECURRENT  # of which all parts are one row
         out = func(*args, **kwargs)
+        self.paused = False
         before = () if mutates else {_key(t) for t, _ in given}  # views stay what they were
         for t in _written(schema, args, kwargs) if mutates else tensors(out):
             if _key(t) not in before:  # of integers only that they are data is known
@@ -156,6 +150,11 @@ class Flow(TorchDispatchMode):
             row |= {"names": names, "gated": kind.form == "product", "scalar": kind.scalar}
             if op in LOOKUPS:
                 row["role"], x = "mixer", None
+        elif op in RECURRENT:
+            large = {n for _, names in given if isinstance(names, tuple) for n in names}
+            names = tuple(n for n, p in self.parameters.items() if n in large and p.dim() > 1)
+            facts = (self.facts("linear", (), self.parameters[n], (n,)) for n in names)
+            row = {"role": "mixer", "names": names, "weights": tuple(facts)}
         elif x is None:
             return None
         elif any(part in op for part in NORMS) and "backward" not in op:
@@ -173,11 +172,12 @@ class Flow(TorchDispatchMode):
             row, x = {"role": "norm"}, next(t for t, kind in data if kind.form != "root")
         else:
             return None
+        size: dict[str, Any] = {}
         if kind.whole is not None and first.numel() == math.prod(self.rows[kind.whole]["shape"]):
-            known = self.rows[kind.whole]
-            row |= {"in_rms": known["rms"], "in_signal": known["signal"]}
-        else:
-            row |= _given(x, self.n)
+            size = self.rows[kind.whole]
+        elif x is not None:
+            size = measured(x, self.n)
+        row |= {f"in_{name}": size[name] for name in ("rms", "signal") if size}
         if self.as_data is not None and _key(first) == self.as_data:
             row |= {"learned": True, "in_signal": math.nan}
         return row | {"op": op, "clipped": op == "hardtanh" and args[1:2] != (0,)}
@@ -209,11 +209,9 @@ class Flow(TorchDispatchMode):
         equal = others.shape[-2] > 0 and torch.equal(others[..., :1, :], last)
         equal = equal and bool((others == last).all())
         mean, std = sample.mean().item(), sample.std(correction=0).item()
-        made = Weight(names, units.numel(), fan_in, mean, std, equal, self.trains(names))
+        trains = not self.trained.isdisjoint(names)
+        made = Weight(names, units.numel(), fan_in, mean, std, equal, trains)
         return self.weights.setdefault(key, made)
-
-    def trains(self, names: Names) -> bool:
-        return any(self.parameters[n] in self.trained for n in names)
 
     def complete(self, row: dict[str, Any], y: Tensor) -> None:
         """Add a row, with what is measured after the operation."""
@@ -255,17 +253,6 @@ class Flow(TorchDispatchMode):
                 # Such a hook still sees the gradient of this value when y is overwritten in place.
                 y.register_hook(lambda g, row=row: row.update(grad_rms=rms(g)))
 
-    def recur(self, name: str, x: Tensor | None, y: Tensor | None) -> bool:
-        """Add one row for all that a recurrent function did; return whether it did something."""
-        weights = [n for n in self.group["weights"] if self.parameters[n].dim() > 1]
-        if y is None or not weights:
-            return False
-        names = tuple(n for n in self.parameters if n in weights)
-        facts = tuple(self.facts("linear", (), self.parameters[n], (n,)) for n in names)
-        row = {"role": "mixer", "op": name, "weights": facts, "names": names}
-        self.complete(row | {"parents": self.group["parents"]} | _given(x, self.n), y)
-        return True
-
 
 class Watch(TorchFunctionMode):
     """Sees the calls of functions, around the operations that they consist of."""
@@ -279,21 +266,18 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         flow, name, kwargs = self.flow, getattr(func, "__name__", ""), kwargs or {}
         start = len(flow.rows)
-        if name in RECURRENT and flow.group is None and not flow.closed:
-            flow.group = {"weights": set(), "parents": frozenset()}
         # Tokens that are learned are data to a layer.
         if name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(flow.of(args[0]), tuple):
             flow.as_data = _key(args[0])
         try:
-            out = func(*args, **kwargs)
+            recurs = name in RECURRENT
+            out = flow.see(func, args, kwargs) if recurs else func(*args, **kwargs)
             flow.paused = True
-            if flow.group is not None:
-                added = flow.recur(name, first_float(args), first_float(out))
-                if added and torch.is_grad_enabled():
-                    flow.rows[-1]["memory"] = _memory(func, args, kwargs)
+            if recurs and len(flow.rows) > start and torch.is_grad_enabled():
+                flow.rows[-1]["memory"] = _memory(func, args, kwargs)
             flow.settle(start, name, out)
         finally:
-            flow.paused, flow.group, flow.as_data = False, None, None
+            flow.paused, flow.as_data = False, None
         return out
 
 
@@ -314,20 +298,21 @@ def watched(
         starts.append(t.requires_grad_())
         return t.clone()  # which the model may change in place
 
-    with ExitStack() as stack:
+    with ALONE, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         devices = {t.device for t in (*tensors(x), *model.parameters()) if t.is_cuda}
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.set_grad_enabled(loss is not None))
         copies = copy.deepcopy(x, {id(t): fresh(t) for t in tensors(x)})
         trained = {p for p in parameters if p.requires_grad}
-        stack.enter_context(_kept(model, loss is not None))
+        _keep(stack, model, loss is not None)
         flow = Flow(model, copies, trained)
         args, kwargs = ((), dict(copies)) if isinstance(copies, Mapping) else (copies, {})
         args = args if isinstance(args, tuple | list) else (args,)
         torch.clear_autocast_cache()  # its copies of the weights would be strangers
         stack.callback(torch.clear_autocast_cache)
-        with _hooked(flow), flow, Watch(flow):
+        _listen(stack, flow)
+        with flow, Watch(flow):
             output = model(*args, **kwargs)
             flow.closed = True
             if not flow.rows:
@@ -336,8 +321,7 @@ def watched(
             if loss is not None:
                 value = loss(output) if target is None else loss(output, target)
                 if not isinstance(value, Tensor) or value.numel() != 1:
-                    shape = getattr(value, "shape", None)
-                    got = f"{value!r}" if shape is None else f"shape {tuple(shape)}"
+                    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
                     raise ValueError(f"the loss must be a scalar tensor, got {got}")
             ends = [flow.of(t) for t in tensors(output if value is None else value)]
         made = [t for t in tensors(output) if t.is_floating_point() and t.numel()]
@@ -378,55 +362,40 @@ def _refuse(model: nn.Module, x: Any) -> None:
         raise ValueError(f"x is empty, of shape {empty[0]}")
 
 
-@contextmanager
-def _kept(model: nn.Module, backward: bool) -> Iterator[None]:
+def _keep(stack: ExitStack, model: nn.Module, backward: bool) -> None:
     """Let copies take the buffers' places; meanwhile frozen parameters pass gradients on."""
     copies = {b: b.detach().clone() for b in model.buffers()}
-    buffers = [(m, dict(m._buffers)) for m in model.modules() if m._buffers]
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_leaf]
-    frozen = [p for p in frozen if backward and (p.is_floating_point() or p.is_complex())]
-    try:
-        for m, before in buffers:
-            m._buffers.update({n: copies.get(b, b) for n, b in before.items()})
-        for p in frozen:
+    for m in model.modules():
+        # Not by setattr, which a compiled module hands on to what it wraps
+        stack.callback(m.__dict__.update, _buffers=m._buffers)
+        m.__dict__["_buffers"] = {n: copies.get(b, b) for n, b in m._buffers.items()}
+    for p in model.parameters() if backward else ():
+        if not p.requires_grad and p.is_leaf and (p.is_floating_point() or p.is_complex()):
+            stack.callback(p.requires_grad_, False)
             p.requires_grad_()
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-        for m, before in buffers:
-            m._buffers.clear()
-            m._buffers.update(before)
 
 
-@contextmanager
-def _hooked(flow: Flow) -> Iterator[None]:
-    """Let the flow know which module runs; other threads that run it are not its business."""
-    thread = threading.get_ident()
+def _listen(stack: ExitStack, flow: Flow) -> None:
+    """Let the flow know which module runs, also where one raises and the model catches that."""
 
     def before(module: nn.Module, _args: Any) -> None:
-        if threading.get_ident() == thread:
-            flow.running.append(module)
+        flow.running.append(module)
 
-    def after(module: nn.Module, _args: Any, _output: Any) -> None:
-        if threading.get_ident() == thread and module in flow.running:
-            while flow.running.pop() is not module:
-                pass  # a module inside it raised, and the model caught that
+    def after(*_: Any) -> None:
+        flow.running.pop()
 
-    with ExitStack() as hooks:
-        for m in flow.paths:
-            if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None):
-                hooks.enter_context(torch.compiler.set_stance("force_eager"))
-            hooks.enter_context(m.register_forward_pre_hook(before))
-            hooks.enter_context(m.register_forward_hook(after))
-        yield
+    for m in flow.paths:
+        if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(m.register_forward_pre_hook(before, prepend=True))
+        stack.enter_context(m.register_forward_hook(after, always_call=True))
 
 
 def _gradients(value: Tensor, flow: Flow, starts: list[Tensor]) -> dict[str, float]:
     """Return the rms of the gradient of each parameter that trains; rows hook their own."""
     named = {n: p for n, p in flow.parameters.items() if p.requires_grad}
     if not _reenters(value):
-        # Not value.backward(): that would add to the .grad of the parameters.
+        # Not value.backward(): that adds to the .grad of parameters, and runs what hooks on it.
         grads = torch.autograd.grad(value, [*named.values(), *starts], allow_unused=True)
     else:  # as reentrant checkpointing asks for
         before = [(p, p.grad) for p in named.values()]
@@ -467,10 +436,11 @@ def _named(flow: Flow, grads: dict[str, float]) -> list[LayerTrace]:
         calls[name] += 1
         row["name"] = name + (f"#{calls[name]}" if calls[name] > 1 else "")
         row["parents"] = tuple(sorted(row["parents"]))
-        weights = row.get("weights", ())
-        largest = [max((grads[n] for n in w.names if n in grads), default=None) for w in weights]
-        pairs = zip(weights, largest, strict=True)
-        row["weights"] = tuple(dataclasses.replace(w, grad_rms=g) for w, g in pairs)
+        weights = []
+        for w in row.get("weights", ()):
+            largest = max((grads[n] for n in w.names if n in grads), default=None)
+            weights.append(dataclasses.replace(w, grad_rms=largest))
+        row["weights"] = tuple(weights)
         if weights:
             names, row["weight_std"] = weights[0].names[:1], weights[0].std
             if row["role"] == "layer":
@@ -479,7 +449,7 @@ def _named(flow: Flow, grads: dict[str, float]) -> list[LayerTrace]:
         else:
             own = row["module"]._parameters.get("weight") if row["module"] is not None else None
             names = tuple(n for n, p in flow.parameters.items() if p is own)
-        if names and flow.trains(names):
+        if not flow.trained.isdisjoint(names):
             row["weight_grad_rms"] = grads.get(names[0])
         rows.append(LayerTrace(**{k: v for k, v in row.items() if k in fields}))
     return rows
@@ -572,11 +542,6 @@ def rms(g: Tensor) -> float:
     return math.sqrt(total / max(g.numel(), 1))
 
 
-def _given(x: Tensor | None, n: int) -> dict[str, float]:
-    size = {} if x is None else measured(x, n)
-    return {f"in_{name}": size[name] for name in ("rms", "signal") if size}
-
-
 def _by_input(y: Tensor, n: int) -> Tensor:
     """Return y as (n, all else): n is the first dimension, or a factor of it, or the second."""
     y = torch.view_as_real(y) if y.is_complex() else torch.atleast_1d(y)
@@ -653,16 +618,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-        return
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.values()
+    elif isinstance(value, Mapping):
+        yield from tensors(tuple(value.values()))
     elif isinstance(value, tuple | list):
-        items = value
+        for item in value:
+            yield from tensors(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = (getattr(value, item.name) for item in dataclasses.fields(value))
-    for item in items:
-        yield from tensors(item)
+        yield from tensors([getattr(value, item.name) for item in dataclasses.fields(value)])
 
 
 def first_float(value: Any) -> Tensor | None:
