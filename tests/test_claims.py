@@ -546,8 +546,12 @@ def test_gelu():
 
 
 def test_forget_bias():
-    table = compare(RECORD, {name: REMEDIES[name] for name in ["LSTM, 28 steps: forget bias 1"]})
-    assert table["outcome"].tolist() == ["equal"]
+    names = [f"LSTM, {steps} steps: forget bias 1" for steps in (28, 98)]
+    table = compare(RECORD, {name: REMEDIES[name] for name in names})
+    assert table["outcome"].tolist() == ["equal", "differ"]
+    assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[8, 8], [0, 8]]
+    assert table[["default", "Kaiming"]].iloc[1].round(3).tolist() == [0.787, 0.95]
+    assert table[["from", "to"]].iloc[1].round(2).tolist() == [0.08, 0.28]
     assert table[["default", "Kaiming"]].iloc[0].round(4).tolist() == [0.9744, 0.9769]
     assert table[["ratio", "slow from", "slow to"]].iloc[0].round(2).tolist() == [1.2, 1.1, 1.3]
 
