@@ -34,7 +34,6 @@ WORDS: dict[str, dict[str, Any]] = {
     "Linear": {"net": "linear", "width": 256},
     "slope 0.3": {"slope": 0.3},
     "32 channels": {"width": 32},
-    "64 channels": {"width": 64},
     "warm-up": {"warmup": 300},
     "clipped": {"clip": 1.0},
     "20 epochs": {"steps": 20 * EPOCH},
@@ -48,11 +47,8 @@ WORDS: dict[str, dict[str, Any]] = {
     "eps 1e-12": {"eps": 1e-12},
     "LSUV": {"scheme": "lsuv", "a": 0.0, "bias": "zeros"},
     "GELU": {"act": "gelu"},
-    "tanh": {"act": "tanh"},
     "the ReLU's gain": DRAWN | {"gain": round(gain(0.0), 4)},
     "GELU's gain": DRAWN | {"gain": round(gain(nn.GELU()), 4)},
-    "torch's gain": DRAWN | {"gain": round(5 / 3, 4)},
-    "tanh's gain": DRAWN | {"gain": round(gain(nn.Tanh()), 4)},
     "separable": {"net": "separable"},
     "by fan_out": {"mode": "fan_out"},
     "LSTM": {"net": "lstm", "width": 64, "optimizer": "adam"},
@@ -68,8 +64,7 @@ CHAINS = [
     ("8 layers, Kaiming", "last layer times 0.1"),
     ("16 layers, Adam", "eps 1e-12"),
     *((f"{depth} layers{init}", "LSUV") for init in ("", ", Kaiming") for depth in (8, 16)),
-    *((f"GELU{norm}", "the ReLU's gain", "GELU's gain") for norm in ("", ", BatchNorm")),
-    *((f"tanh{norm}", "torch's gain", "tanh's gain") for norm in ("", ", BatchNorm")),
+    ("GELU", "the ReLU's gain", "GELU's gain"),
     *(
         (f"separable{norm}", "Kaiming by fan_in", "by fan_out")
         for norm in (", BatchNorm", ", frozen BatchNorm", "")
@@ -162,16 +157,8 @@ PARTS = [
     _both("4 layers, AdamW", "8 layers, AdamW"),
     _both("16 layers, AdamW"),
     _both("8 layers, warm-up", "8 layers, clipped"),
-    _both(*(f"{depth} layers, BatchNorm, AdamW" for depth in (4, 8, 16))),
-    _both("30 layers, AdamW"),
-    _both("30 layers, BatchNorm, AdamW"),
-    # Other data, more channels
-    *(
-        _both(*(f"Fashion, {depth} layers{way}" for depth in (4, 8, 16)))
-        for way in ("", ", Adam", ", BatchNorm")
-    ),
-    _both("Fashion, 20 layers, residual, BatchNorm"),
-    _both("8 layers, 64 channels"),
+    # Other data
+    _both(*(f"Fashion, {depth} layers" for depth in (4, 8, 16))),
     # Remedies
     [network(f"{depth} layers, LSUV") for depth in (8, 16)],
     *map(arms_of, CHAINS[8:]),

@@ -49,7 +49,7 @@ class Run:
     # those of the default with the same seed
     drawn: str = "all"
     last: float = 1.0  # factor on the weight and bias of the last layer
-    act: str = "relu"  # of slope `slope`, or "gelu", "tanh"
+    act: str = "relu"  # of slope `slope`, or "gelu"
     gain: float = 0.0  # of Kaiming's rule, in place of that of the slope `a`, if it is not 0
     mode: str = "fan_in"  # or "fan_out", in Kaiming's rule
     forget: float = 0.0  # bias of an LSTM's forget gate; 0 leaves it as it is drawn

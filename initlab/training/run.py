@@ -68,7 +68,7 @@ def _as_torch_draws_it(run: Run) -> nn.Module:
         run.depth,
         run.width,
         slope=run.slope,
-        act={"gelu": nn.GELU, "tanh": nn.Tanh}.get(run.act),
+        act=nn.GELU if run.act == "gelu" else None,
         norm=run.norm,
         residual=run.net == "residual",
         separable=run.net == "separable",
