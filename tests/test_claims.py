@@ -13,6 +13,7 @@ from initlab.training.plan import causes, kaiming, network
 from initlab.training.record import CHANCE, RUN, Run, read
 from initlab.training.statistics import (
     FAMILY,
+    PLANNED,
     REMEDIES,
     SECOND,
     compare,
@@ -473,7 +474,8 @@ def test_one_rate_and_more_time():
 
 def test_recipe_of_today():
     modern = {name: SECOND[name] for name in (f"{depth} layers, AdamW" for depth in (4, 8, 16))}
-    table = compare(RECORD, modern)
+    table = compare(RECORD, modern, planned=PLANNED["second"])
+    assert table["p time"].min() > 0.05  # corrected for all that was planned
     assert table["outcome"].tolist() == ["equal", "equal", "undecided"]
     assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[8, 8], [8, 8], [7, 7]]
     means = table[["default", "Kaiming"]].to_numpy().round(4).tolist()
@@ -485,6 +487,17 @@ def test_recipe_of_today():
         sorted(select(RECORD, arm)["test_accuracy"].round(3))[1:] for arm in (deep, kaiming(deep))
     ]
     assert [(min(e), max(e)) for e in ends] == [(0.899, 0.955), (0.98, 0.987)]
+
+
+def test_corrections_count_what_was_planned():
+    alone, planned = compare(RECORD, SECOND), compare(RECORD, SECOND, planned=21)
+    smallest = alone["p"].min()
+    assert (alone["holm"].min(), planned["holm"].min()) == pytest.approx(
+        (len(SECOND) * smallest, 21 * smallest)
+    )
+    assert (planned[["holm", "p equal", "p time"]] >= alone[["holm", "p equal", "p time"]]).all(
+        None
+    )
 
 
 def test_eps_and_lsuv():
@@ -543,6 +556,17 @@ def test_gelu():
         0.65,
         2.05,
     ]
+
+
+def test_separable():
+    table = compare(RECORD, REMEDIES, planned=PLANNED["remedies"])
+    came = table[["came", "Kaiming came"]]
+    assert came.loc["separable: Kaiming by fan_in"].tolist() == [0, 8]
+    assert came.loc["separable: by fan_out"].tolist() == [8, 0]
+    steps_ = ["separable, BatchNorm: Kaiming by fan_in", "separable, BatchNorm: by fan_out"]
+    assert (came.loc[steps_] == 8).all(axis=None)
+    assert table.loc[steps_, "outcome"].tolist() == ["undecided", "equal"]
+    assert table.loc[steps_, "Kaiming"].round(4).tolist() == [0.9704, 0.9697]
 
 
 def test_forget_bias():
