@@ -513,6 +513,20 @@ def test_eps_and_lsuv():
     assert outcomes.tolist() == ["undecided", "differ", "undecided", "undecided"]
 
 
+def test_recipe_of_today_at_30_layers():
+    default = SECOND["30 layers, AdamW"]
+    ends, other = select(RECORD, default), select(RECORD, kaiming(default))
+    assert (at_chance(ends), at_chance(other)) == (8, 2)
+    assert at_chance(select(RECORD, replace(default, stage="tune"))) == 10
+    assert other["step_90"].count() == 6
+    good = other["test_accuracy"].nlargest(6)
+    assert (round(good.min(), 3), good.max()) == (0.976, 0.9805)
+    row = compare(RECORD, SECOND, planned=PLANNED["second"]).loc["30 layers, AdamW"]
+    assert row["outcome"] == "undecided"
+    assert [round(row[name], 3) for name in ("default", "Kaiming")] == [0.114, 0.762]
+    assert [round(row[name], 2) for name in ("from", "to")] == [0.29, 0.87]
+
+
 def test_warm_up_and_clipping():
     table = compare(RECORD, {name: SECOND[f"8 layers, {name}"] for name in ("warm-up", "clipped")})
     assert table[["came", "Kaiming came"]].to_numpy().tolist() == [[1, 8], [1, 8]]

@@ -157,6 +157,7 @@ PARTS = [
     _both("4 layers, AdamW", "8 layers, AdamW"),
     _both("16 layers, AdamW"),
     _both("8 layers, warm-up", "8 layers, clipped"),
+    _both("30 layers, AdamW"),
     # Other data
     _both(*(f"Fashion, {depth} layers" for depth in (4, 8, 16))),
     # Remedies
